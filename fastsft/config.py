@@ -196,7 +196,7 @@ class Config(_Strict):
 
 # What other trainers call our keys, or why there is no such key here.
 PEERS_NAMES = {
-    "per_device_train_batch_size": "batch_size (examples per optimizer step; micro_batch_tokens bounds memory)",
+    "per_device_train_batch_size": "batch_size (examples per optimizer step); micro_batch_tokens bounds memory",
     "gradient_accumulation_steps": "batch_size (examples per optimizer step; accumulation follows from it)",
     "micro_batch_size": "batch_size (examples per optimizer step) and micro_batch_tokens",
     "per_device_eval_batch_size": "micro_batch_tokens (evaluation is weighted by token, whatever the batch)",

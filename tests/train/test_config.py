@@ -8,12 +8,14 @@ from fastsft.errors import UserError
 
 BASE = ["model=m", "data=rows.jsonl"]
 
-KEYS = """model revision tokenizer trust_remote_code method adapter engine lora new_tokens data eval_data val_size
-on_bad_row streaming shuffle chat_template chat_template_kwargs date system stop train_on multi_turn max_length
-overlong batch_size batch_tokens micro_batch_tokens activations epochs max_steps learning_rate lr_scheduler
-warmup_ratio warmup_steps min_lr_ratio decay_ratio weight_decay max_grad_norm optimizer dtype vram seed
-logging_steps eval_steps save_steps save_total_limit early_stopping_patience sample_prompts resume output_dir
-run_name report_to""".split()
+KEYS = """
+model revision tokenizer trust_remote_code method adapter engine lora new_tokens data eval_data
+val_size on_bad_row streaming shuffle chat_template chat_template_kwargs date system stop train_on
+multi_turn max_length overlong batch_size batch_tokens micro_batch_tokens activations epochs
+max_steps learning_rate lr_scheduler warmup_ratio warmup_steps min_lr_ratio decay_ratio
+weight_decay max_grad_norm optimizer dtype vram seed logging_steps eval_steps save_steps
+save_total_limit early_stopping_patience sample_prompts resume output_dir run_name report_to
+""".split()
 
 
 def test_the_surface_is_frozen():
@@ -133,3 +135,15 @@ def test_missing_file_and_folder(tmp_path):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="is a folder"):
         load_config(tmp_path)
+
+
+def test_the_file_of_all_keys_is_true():
+    """examples/all_keys.yaml is the documentation of the keys: names, order and defaults."""
+    import pathlib
+
+    path = pathlib.Path(__file__).parents[2] / "examples" / "all_keys.yaml"
+    written = yaml.safe_load(path.read_text())
+    assert list(written) == KEYS
+    assert list(written["data"][0]) == list(DataSource.model_fields)
+    expected = load_config(None, ["model=builtin:tiny", "data=data/train.jsonl"]).model_dump()
+    assert written == expected

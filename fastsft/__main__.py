@@ -1,0 +1,7 @@
+"""`python -m fastsft` is `fastsft`."""
+
+import sys
+
+from fastsft.cli import main
+
+sys.exit(main())

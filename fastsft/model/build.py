@@ -1,0 +1,276 @@
+"""Which engine runs, and everything on its way there: base weights, adapters, the forms that are saved.
+
+    resolve engine -> load base (quantised for qlora) -> adapters (fresh, continued, resumed) -> engine
+
+A resumed run differs from a fresh one in where the trained weights come from, nowhere else. What training
+leaves is written by `Built.write` in the form people use it in (a PEFT folder, or a transformers folder),
+the same form a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fastsft.config import Config, LoraConfig
+from fastsft.errors import UserError
+from fastsft.model.adapter import load_adapter
+from fastsft.model.compat import CompatEngine
+from fastsft.model.context import StepContext
+from fastsft.model.extras import resize_vocabulary
+from fastsft.model.load import load_model, resolve_model, save_model
+from fastsft.model.lora import LoraSet, add_adapters, trainable_summary
+from fastsft.model.memory import estimate_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fastsft.data.templates import Template
+    from fastsft.data.tokenizer import Tokenizer
+    from fastsft.model.quantizer import Progress
+
+CPU_MICRO_BATCH = 2048  # tokens; larger ones leave the caches of the CPUs seen and gain nothing
+GPU_MICRO_BATCH = 16384
+GPU_SHARE = 0.85  # of the free memory, for what the estimate does not know
+
+
+@dataclass
+class Built:
+    """A model ready to train. `adapters` is None for full fine-tuning."""
+
+    config: Config
+    engine: CompatEngine
+    model: PreTrainedModel
+    adapters: LoraSet | None
+    tokenizer: Tokenizer
+    template: Template | None
+    dtype: torch.dtype
+    product_dtype: torch.dtype
+    reason: str
+    micro_batch_tokens: int
+    predicted_memory: int
+
+    @property
+    def product(self) -> str:
+        """The folder name of what training leaves: adapter or model."""
+        return "model" if self.adapters is None else "adapter"
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each trained fp32 master once, under a stable name."""
+        if self.adapters is not None:
+            yield from self.adapters.named_parameters()
+        else:
+            yield from ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        return list((self.template or self.tokenizer).stop_ids)
+
+    def counts(self) -> tuple[int, int]:
+        """(parameters that train, parameters in all)."""
+        return trainable_summary(self.model)
+
+    def matmul_weights(self) -> tuple[int, int]:
+        """(frozen, trained) weights that take part in matrix products: all but an untied embedding."""
+        trained, total = self.counts()
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        tied = head is not None and embedding.weight is head.weight
+        outside = 0 if tied else embedding.weight.numel()
+        if self.adapters is None:
+            return 0, total - outside
+        return total - trained - outside, trained
+
+    def write(self, parent: Path, *, masters: bool) -> None:
+        """Write adapter/ or model/ under `parent`: fp32 masters for a checkpoint, else the product's dtype."""
+        folder = parent / self.product
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.adapters is not None:
+            self.adapters.save(folder, self.config.model, self.config.revision)
+            self._write_generation_config(folder)
+        else:
+            dtype = torch.float32 if masters else self.product_dtype
+            save_model(self.model, folder, dtype, stop_ids=self.stop_ids)
+        self.tokenizer.save(folder, self.template)
+
+    def write_from(self, checkpoint: Path, parent: Path) -> None:
+        """The product as it stood at an earlier checkpoint, under `parent`."""
+        source, folder = checkpoint / self.product, parent / self.product
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        if self.adapters is None:
+            model = load_model(source, quantize=False, dtype=self.product_dtype)
+            save_model(model, folder, self.product_dtype, stop_ids=self.stop_ids)
+
+    def _write_generation_config(self, folder: Path) -> None:
+        stops = list(self.stop_ids)
+        values = {"eos_token_id": stops, "bos_token_id": self.tokenizer.bos_id}
+        (folder / "generation_config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def refuse_what_is_not_there(config: Config) -> None:
+    """Keys of the surface whose machinery this version lacks are refused, never ignored."""
+    if config.engine == "fast":
+        raise UserError(
+            "engine: fast is not part of this version (it needs the Triton kernels); use engine: auto or compat"
+        )
+    if config.activations in ("recompute_mlp", "offload"):
+        raise UserError(
+            f"activations: {config.activations} belongs to the fast engine, which is not part of this "
+            "version; the compat engine has keep and recompute_block (gradient checkpointing)"
+        )
+    if config.vram != "auto":
+        raise UserError(
+            f"vram: {config.vram} cannot be promised: the memory planner is not part of this version; "
+            "leave vram: auto and lower micro_batch_tokens if memory runs out"
+        )
+
+
+def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of the computation: bf16 where the card has it, else fp32."""
+    if config.dtype == "fp32":
+        return torch.float32
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.dtype == "bf16" and device.type == "cuda" and not native:
+        raise UserError(
+            f"dtype: bf16 is not in the hardware of {torch.cuda.get_device_name(device)}; use dtype: fp32"
+        )
+    return torch.bfloat16 if native or config.dtype == "bf16" else torch.float32
+
+
+def checkpoint_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype config.json states for the weights in `folder`."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = values.get("dtype") or values.get("torch_dtype")
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def build(
+    config: Config,
+    tokenizer: Tokenizer,
+    template: Template | None,
+    *,
+    device: torch.device,
+    longest: int,
+    resume_from: Path | None = None,
+    progress: Progress | None = None,
+) -> Built:
+    """Load the base, put the adapters on it and choose the engine's settings.
+
+    longest: tokens of the longest row, which every micro-batch must be able to hold. resume_from: a
+    checkpoint whose adapter/ or model/ takes the place of the starting weights.
+    """
+    refuse_what_is_not_there(config)
+    full = config.method == "full"
+    dtype = choose_dtype(config, device)
+    folder = resolve_model(config.model, config.revision)
+    model = load_model(
+        resume_from / "model" if full and resume_from else folder,
+        quantize=config.method == "qlora",
+        dtype=torch.float32 if full else dtype,
+        device=device,
+        trust_remote_code=config.trust_remote_code,
+        progress=progress,
+    )
+    if full and tokenizer.new_ids:
+        resize_vocabulary(model, tokenizer.vocab_size)
+    context = StepContext(seed=config.seed)
+    adapters = None if full else _adapters(config, model, tokenizer, context, resume_from)
+    if adapters is not None and config.adapter is not None:
+        config = config.model_copy(update={"lora": _settings_of(adapters)})
+    trained, _ = trainable_summary(model)
+    tokens, activations, predicted = _fit(config, model, trained, dtype, device, longest)
+    engine = CompatEngine(
+        model,
+        context,
+        activations=activations,
+        autocast=dtype if full and dtype != torch.float32 else None,
+    )
+    if adapters is not None:
+        engine.notes += adapters.notes
+    return Built(
+        config=config,
+        engine=engine,
+        model=model,
+        adapters=adapters,
+        tokenizer=tokenizer,
+        template=template,
+        dtype=dtype,
+        product_dtype=checkpoint_dtype(folder) or torch.bfloat16,
+        reason=f"transformers' {type(model).__name__} with our adapters, attention and loss; "
+        f"activations: {activations}",
+        micro_batch_tokens=tokens,
+        predicted_memory=predicted,
+    )
+
+
+def _adapters(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    context: StepContext,
+    resume_from: Path | None,
+) -> LoraSet:
+    if resume_from is not None:
+        return load_adapter(resume_from / "adapter", model, context)
+    if config.adapter is not None:
+        given = config.lora if "lora" in config.model_fields_set else None
+        return load_adapter(Path(config.adapter), model, context, expected=given)
+    return add_adapters(
+        model, config.lora, seed=config.seed, context=context, new_token_ids=tokenizer.new_ids
+    )
+
+
+def _settings_of(adapters: LoraSet) -> LoraConfig:
+    """An adapter's own settings as config.yaml writes them down."""
+    settings = adapters.settings
+    return LoraConfig(
+        r=settings.r,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        target_modules=adapters.target,
+        use_rslora=settings.use_rslora,
+        modules_to_save=list(adapters.saved),
+    )
+
+
+def _fit(
+    config: Config,
+    model: PreTrainedModel,
+    trained: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    longest: int,
+) -> tuple[int, str, int]:
+    """(tokens of a micro-batch, activations, predicted bytes): what the config says, or what fits."""
+    auto = config.activations == "auto"
+    choices = ["keep", "recompute_block"] if auto else [str(config.activations)]
+    if device.type != "cuda":
+        choices = choices[:1]
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    for activations in choices:
+        estimate = estimate_memory(
+            model,
+            trained=trained,
+            optimizer=config.optimizer,
+            recompute=activations == "recompute_block",
+            dtype=dtype,
+        )
+        if config.micro_batch_tokens != "auto":
+            tokens = config.micro_batch_tokens
+        elif free is None:
+            tokens = CPU_MICRO_BATCH
+        else:
+            room = GPU_SHARE * free - (estimate.fixed - estimate.weights)
+            tokens = min(GPU_MICRO_BATCH, int(room // estimate.per_token))
+        tokens = max(tokens, longest)
+        if free is None or estimate.total(tokens) - estimate.weights <= GPU_SHARE * free:
+            break
+    return tokens, activations, estimate.total(tokens)

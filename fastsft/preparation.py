@@ -1,0 +1,111 @@
+"""From a config to tokens: the tokenizer, the template, the encoder, and what they make of the data.
+
+`fastsft train`, `fastsft data` and `fastsft eval` see the data through this one door, so what one shows the
+other trains on. Neither torch nor transformers is imported on the way.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastsft.config import Config
+from fastsft.data.encode import Encoder
+from fastsft.data.prepare import Prepared, Streamed, prepare, prepare_stream
+from fastsft.data.templates import Template, resolve_template
+from fastsft.data.tokenizer import Tokenizer
+from fastsft.errors import UserError
+from fastsft.model.files import resolve_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Intake:
+    """Data ready to train on, and what made it so. `config` has its open ends settled."""
+
+    config: Config
+    tokenizer: Tokenizer
+    template: Template | None
+    data: Prepared | Streamed
+
+
+def take_in(
+    config: Config, console: Console | None = None, *, examples: int = 1, model_folder: Path | None = None
+) -> Intake:
+    """Prepare the config's data. model_folder: where the model is, if that is known already.
+
+    Raises UserError for a model, tokenizer, template or data that cannot be used.
+    """
+    folder = model_folder or resolve_model(config.model, config.revision)
+    config = fit_length(config, folder)
+    tokenizer = Tokenizer.load(resolve_model(config.tokenizer) if config.tokenizer else folder)
+    template = find_template(config, tokenizer)
+    encoder = Encoder(
+        tokenizer,
+        template,
+        train_on=config.train_on,
+        multi_turn=config.multi_turn,
+        max_length=config.max_length,
+        overlong=config.overlong,
+    )
+    make = prepare_stream if config.streaming else prepare
+    data = make(config, tokenizer, encoder, console, examples=examples)
+    return Intake(config, tokenizer, template, data)
+
+
+def find_template(config: Config, tokenizer: Tokenizer) -> Template | None:
+    """The config's template; None where all data is text or prompt and completion, and none was asked for."""
+    plain = all(source.format in ("text", "completion") for source in config.data)
+    if config.chat_template == "auto" and tokenizer.chat_template is None and plain:
+        return None
+    return resolve_template(
+        config.chat_template,
+        tokenizer,
+        kwargs=config.chat_template_kwargs,
+        date=config.date,
+        extra_stop=extra_stops(config),
+        new_tokens=config.new_tokens,
+    )
+
+
+def fit_length(config: Config, folder: Path) -> Config:
+    """A `max_length` beyond the model's positions is an error; the default gives way to them."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    limit = (values.get("text_config") or values).get("max_position_embeddings")
+    if not isinstance(limit, int) or config.max_length <= limit:
+        return config
+    if "max_length" not in config.model_fields_set:
+        return config.model_copy(update={"max_length": limit})
+    raise UserError(
+        f"max_length: {config.max_length} is beyond the {limit} positions {config.model} was made for; "
+        f"set max_length={limit} or less"
+    )
+
+
+def extra_stops(config: Config) -> list[str]:
+    """The config's own stop tokens, beyond those of tokenizer and template."""
+    if config.stop == "auto":
+        return []
+    return [config.stop] if isinstance(config.stop, str) else list(config.stop)
+
+
+def settle_date(config: Config, known: str | None = None) -> Config:
+    """Fix the date a template may print: `known` (a resumed run's), else today."""
+    if config.date != "auto":
+        return config
+    return config.model_copy(update={"date": known or datetime.date.today().isoformat()})
+
+
+def show_data(config: Config, *, examples: int) -> int:
+    """`fastsft data`: what the trainer will see, with `examples` rows coloured by mask."""
+    from rich.console import Console
+
+    console = Console()
+    intake = take_in(settle_date(config), console, examples=examples)
+    intake.data.report.render(console, examples=examples)
+    return 0

@@ -1,0 +1,108 @@
+"""Attention over packed documents: a token sees its own document and nothing else.
+
+A pack is T tokens in a row; `cu_seqlens` marks where documents begin and end. No T x T mask is
+ever built. Grouped-query attention, sliding windows and soft-capped scores are arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsft_kernels import reference
+from fastsft_kernels.launch import (
+    bad,
+    check_device,
+    check_float,
+    check_like,
+    choose_backend,
+    describe,
+)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """q [T, Hq, D], k and v [T, Hkv, D] -> o [T, Hq, D].
+
+    cu_seqlens  int32 [S+1], from 0 to T; document s is the rows cu_seqlens[s] to cu_seqlens[s+1]
+    max_seqlen  the longest document, or more
+    Hq must be a multiple of Hkv: query head h reads key head h // (Hq / Hkv).
+    scale       of the scores, 1/sqrt(D) by default
+    window      causal only: token i sees the tokens i-window+1 to i (as in transformers)
+    softcap     c: scores become c tanh(scores / c)
+
+    Gradients for q, k and v. The reference reads cu_seqlens on the host.
+    """
+    op = "varlen_attention"
+    choose_backend(op, backend)
+    _check(op, q, k, v, cu_seqlens, max_seqlen)
+    if window is not None and (window < 1 or not causal):
+        raise bad(
+            op,
+            "window must be at least 1, and needs causal=True",
+            f"window={window}, causal={causal}",
+            "Pass window=None for full attention.",
+        )
+    if softcap is not None and softcap <= 0:
+        raise bad(op, "softcap must be positive", softcap, "Pass None for no soft-cap.")
+    return reference.varlen_attention(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        max_seqlen,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
+
+
+def _check(
+    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> None:
+    check_float(op, "q", q)
+    check_like(op, "k", k, "q", q)
+    check_like(op, "v", v, "q", q)
+    fits = q.ndim == k.ndim == 3 and k.shape == v.shape
+    if not fits or q.shape[::2] != k.shape[::2] or q.shape[1] % max(k.shape[1], 1):
+        raise bad(
+            op,
+            "q must be [T, Hq, D] and k, v [T, Hkv, D] with Hq a multiple of Hkv",
+            f"{describe(q)}, {describe(k)}, {describe(v)}",
+            "Drop the batch dimension; put heads second.",
+        )
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+        raise bad(
+            op, "cu_seqlens must be int32 [S+1]", describe(cu_seqlens), "Convert with .int()."
+        )
+    check_device(op, "cu_seqlens", cu_seqlens, "q", q)
+    if cu_seqlens.device.type != "cpu":
+        return
+    bounds = cu_seqlens.tolist()
+    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    if bounds[0] != 0 or bounds[-1] != q.shape[0] or min(lengths, default=0) < 0:
+        raise bad(
+            op,
+            f"cu_seqlens must rise from 0 to T = {q.shape[0]}",
+            bounds if len(bounds) <= 8 else f"{bounds[:4]} ... {bounds[-4:]}",
+            "Pass the running sum of the document lengths, beginning with 0.",
+        )
+    if max(lengths, default=0) > max_seqlen:
+        raise bad(
+            op,
+            "max_seqlen is shorter than a document",
+            f"{max_seqlen}, the longest being {max(lengths)}",
+            "Pass the longest length.",
+        )

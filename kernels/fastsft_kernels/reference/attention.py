@@ -1,0 +1,81 @@
+"""Attention inside each document of a pack, by torch's scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """See `fastsft_kernels.varlen_attention`."""
+    lengths = cu_seqlens.diff().tolist()
+    # split, not slices: the backward of a slice fills a tensor of the whole pack with zeros
+    parts = [x.split(lengths) for x in (q, k, v)]
+    out = [
+        _document(*document, causal, scale, window, softcap)
+        for document in zip(*parts, strict=True)
+    ]
+    return torch.cat(out) if out else torch.empty_like(q)
+
+
+def _document(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    length = q.shape[2]
+    mask = None
+    if window is not None and window < length:
+        distance = torch.arange(length, device=q.device)
+        distance = distance[:, None] - distance[None, :]
+        mask = (distance >= 0) & (distance < window)
+    if softcap is not None:
+        o = _capped(q, k, v, causal, scale, mask, softcap)
+    else:
+        o = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+    return o[0].transpose(0, 1)
+
+
+def _capped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None,
+    mask: Tensor | None,
+    softcap: float,
+) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None and causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, -1) @ v

@@ -1,0 +1,41 @@
+"""RMS norm, with the residual addition in front of it where the caller wants both."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastsft_kernels import reference
+from fastsft_kernels.launch import (
+    check_device,
+    check_float,
+    check_like,
+    check_shape,
+    choose_backend,
+)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x [.., H], weight [H] -> y = x / sqrt(mean(x²) + eps) · (weight + offset), in x's dtype.
+
+    offset is 1 for models that store weight - 1 (Gemma). With residual [.., H] the sum
+    x + residual is normed, and (y, x + residual) returned. Computed in float32 at least. Gradients
+    for x, weight and residual.
+    """
+    op = "rms_norm"
+    choose_backend(op, backend)
+    check_float(op, "x", x)
+    check_float(op, "weight", weight)
+    check_shape(op, "weight", weight, tuple(x.shape[-1:]), "[H]")
+    check_device(op, "weight", weight, "x", x)
+    if residual is not None:
+        check_shape(op, "residual", residual, tuple(x.shape), "of x's shape")
+        check_like(op, "residual", residual, "x", x)
+    return reference.rms_norm(x, weight, eps, offset=offset, residual=residual)
