@@ -176,13 +176,15 @@ def run_trl(data: Path, tokenizer_folder: Path, out: Path, processes: int) -> di
             return prepared
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    sizes = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-    }
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    )
     arguments = SFTConfig(
         output_dir=str(out / "run"),
         max_length=MAX_LENGTH,

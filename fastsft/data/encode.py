@@ -20,17 +20,18 @@ from typing import Literal
 
 import numpy as np
 
+from fastsft.data.rendering import Template
 from fastsft.data.rows import BadRow, Conversation
 from fastsft.data.spans import Marked, encode_marked
-from fastsft.data.templates import Template
 from fastsft.data.tokenizer import Tokenizer
 from fastsft.data.turns import MultiTurn, Plan, Planner, TrainOn
+from fastsft.data.words import unfit
 from fastsft.errors import UserError
 
 Overlong = Literal["auto", "drop", "truncate", "split", "error"]
 Sequence_ = tuple[np.ndarray, np.ndarray]
 _SAMPLE = 128  # texts on which tiktoken is compared with `tokenizers`
-_CODE = ("encode.py", "turns.py", "spans.py", "templates.py", "tokenizer.py", "fast_bpe.py")
+_CODE = ("encode", "turns", "words", "spans", "rendering", "templates", "tokenizer", "fast_bpe")
 
 
 @dataclass(slots=True)
@@ -69,9 +70,9 @@ class Encoder:
         self.tokenizer, self.template = tokenizer, template
         self.train_on, self.multi_turn = train_on, multi_turn
         self.max_length, self.overlong = max_length, overlong
-        self._planner = (
-            Planner(tokenizer, template, train_on=train_on, multi_turn=multi_turn) if template else None
-        )
+        self._planner = None
+        if template:
+            self._planner = Planner(tokenizer, template, train_on=train_on, multi_turn=multi_turn)
 
     def encode(self, rows: Sequence[Conversation | BadRow]) -> list[Encoded | BadRow]:
         """One result per row and in its order, but several for a row that was split.
@@ -107,10 +108,9 @@ class Encoder:
             return self._planner.plan(row)
         text = row.text if row.kind == "text" else row.prompt + row.completion
         start = len(row.prompt) if row.kind == "completion" and self.train_on != "all" else 0
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return BadRow(row.where, "not text", "It holds half a character, so it is not valid text.")
+        reason = unfit([text])
+        if reason:
+            return BadRow(row.where, "not text", reason)
         return Plan([Marked(text, [(start, len(text))])])
 
     def _close(self, row: Conversation, sequence: Sequence_) -> Sequence_:
@@ -127,7 +127,9 @@ class Encoder:
             first = [bos] if self.tokenizer.adds_bos and (not len(ids) or ids[0] != bos) else []
             last = [] if len(ids) and ids[-1] == eos else [eos]
             ids = np.concatenate([np.array(first, np.int32), ids, np.array(last, np.int32)])
-            trained = np.concatenate([np.zeros(len(first), bool), trained, np.ones(len(last), bool)])
+            trained = np.concatenate(
+                [np.zeros(len(first), bool), trained, np.ones(len(last), bool)]
+            )
         elif bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
             assert self.template is not None
             raise UserError(
@@ -158,7 +160,9 @@ class Encoder:
         if over and policy == "split":
             assert limit is not None
             parts = [part for sequence in sequences for part in _split(sequence, limit)]
-            kept = [Encoded([part], row.where, 0, (*notes, "split")) for part in parts if part[1].any()]
+            kept = [
+                Encoded([part], row.where, 0, (*notes, "split")) for part in parts if part[1].any()
+            ]
             return [*kept] or [_nothing(row)]
         sequences = [sequence for sequence in sequences if sequence[1].any()]
         if not sequences:
@@ -173,7 +177,7 @@ class Encoder:
             self.tokenizer.fingerprint(),
             self.template.fingerprint() if self.template else "",
             repr((self.train_on, self.multi_turn, self.max_length, self.overlong)),
-            *((folder / name).read_text("utf-8") for name in _CODE),
+            *((folder / f"{name}.py").read_text("utf-8") for name in _CODE),
         ]
         return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 

@@ -26,32 +26,55 @@ from tokenizers import Tokenizer as Backend
 
 # The published patterns, with possessive quantifiers where no shorter match can succeed instead:
 # the same pieces at a third less time.
-_GPT2 = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"
-)
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"
 # `Digits` before `ByteLevel` cuts the text first, so blanks before a digit end their piece.
-_DIGITS = (
-    r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s+(?![^\s\p{N}])|\s+)"
-)
+_DIGITS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s+(?![^\s\p{N}])|\s+)"
 # Digits of Unicode 17, which the two libraries' tables do not agree on.
 _NEW_DIGITS = re.compile("[\U00011de0-\U00011de9\U00016ff4-\U00016ff6]")
 LONG = 100_000  # characters; beyond, a regex engine may run out of its backtracking allowance
 
 ODD_STRINGS = (
-    "", " ", "  ", "\n", "\n\n", " \n \n", "\t\tx", "a  b   c    d", "x \n\n  y\r\n\r\nz", "trailing  ",
-    "don't DON'T we'll I'VE it's'S 'tis ''re", "1 12 123 1234 12345 3.14 ١٢٣ ½ Ⅷ", "foo_bar::baz->qux()",
-    "naïve café cafe\u0301 \u212bngstr\u00f6m", "漢字かな交じり文 한국어 ไทย हिन्दी العربية עברית",
-    "🙂👩‍👩‍👧‍👦🇪🇺 \ufe0f\u200d", "\u00a0\u2003\u3000x\u200b\u2028y\u0085z\ufeff", "\x00\x01\x1f\x7f\ue000\ufffd",
-    "ſ's 'ſ İ ı ß ẞ", "https://a.b/c?d=e&f=%20#g", "{\"k\": [1, 2.5e-3, null]}\n", "    if x:\n\t\treturn -1  # no",
-    "a" * 300, " " * 300 + "b", "ab" * 200, "." * 200, "\n" * 100, "=" * 80 + "\n", "$$x^2_{ij}$$ \\frac{a}{b}",
-    "<|im_start|> </s> [INST] <think> </tool_call>", "A.\n\n1) b\n2) c ...\n\n\n- d", "I’m “quoted” — yes…",
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    " \n \n",
+    "\t\tx",
+    "a  b   c    d",
+    "x \n\n  y\r\n\r\nz",
+    "trailing  ",
+    "don't DON'T we'll I'VE it's'S 'tis ''re",
+    "1 12 123 1234 12345 3.14 ١٢٣ ½ Ⅷ",
+    "foo_bar::baz->qux()",
+    "naïve café cafe\u0301 \u212bngstr\u00f6m",
+    "漢字かな交じり文 한국어 ไทย हिन्दी العربية עברית",
+    "🙂👩‍👩‍👧‍👦🇪🇺 \ufe0f\u200d",
+    "\u00a0\u2003\u3000x\u200b\u2028y\u0085z\ufeff",
+    "\x00\x01\x1f\x7f\ue000\ufffd",
+    "ſ's 'ſ İ ı ß ẞ",
+    "https://a.b/c?d=e&f=%20#g",
+    '{"k": [1, 2.5e-3, null]}\n',
+    "    if x:\n\t\treturn -1  # no",
+    "a" * 300,
+    " " * 300 + "b",
+    "ab" * 200,
+    "." * 200,
+    "\n" * 100,
+    "=" * 80 + "\n",
+    "$$x^2_{ij}$$ \\frac{a}{b}",
+    "<|im_start|> </s> [INST] <think> </tool_call>",
+    "A.\n\n1) b\n2) c ...\n\n\n- d",
+    "I’m “quoted” — yes…",
 )
 
 
 class FastBpe:
     """Text to ids of a byte-level BPE. Pickles to its tables; a worker rebuilds in ~0.1 s."""
 
-    def __init__(self, pattern: str, pieces: list[bytes], specials: list[str], ids: np.ndarray) -> None:
+    def __init__(
+        self, pattern: str, pieces: list[bytes], specials: list[str], ids: np.ndarray
+    ) -> None:
         """pieces in merge order, then specials; ids int32[pieces + specials], the model's."""
         self._state = (pattern, pieces, specials, ids)
         self._ids = ids
@@ -81,10 +104,14 @@ class FastBpe:
         """Whether `tokenizers` gives the same ids for these texts and for the odd ones."""
         asked = [text for text in (*ODD_STRINGS, *texts) if self.takes(text)]
         theirs = backend.encode_batch_fast(asked, add_special_tokens=False)
-        return all(np.array_equal(self.encode(a), b.ids) for a, b in zip(asked, theirs, strict=True))
+        return all(
+            np.array_equal(self.encode(a), b.ids) for a, b in zip(asked, theirs, strict=True)
+        )
 
 
-def build_fast_bpe(spec: dict[str, Any], backend: Backend, alphabet: dict[str, int]) -> FastBpe | str:
+def build_fast_bpe(
+    spec: dict[str, Any], backend: Backend, alphabet: dict[str, int]
+) -> FastBpe | str:
     """From a parsed tokenizer.json; a sentence with the reason where tiktoken cannot stand in.
 
     alphabet: character of the byte-level alphabet -> byte.

@@ -323,11 +323,10 @@ def _text_of(content: Any, who: str) -> str | None:
         raise _Refused("wrong type", f"{who}: content is {_kind(content)}, not text.")
     texts = []
     for part in content:
-        part_type = part.get("type", "text") if type(part) is dict else _kind(part)
-        if part_type != "text" or type(part.get("text")) is not str:
-            raise _Refused(
-                "not text", f"{who} holds a part of type {part_type!r}; only text is read."
-            )
+        kind = part.get("type", "text") if type(part) is dict else None
+        if kind != "text" or type(part.get("text")) is not str:
+            found = f"a part of type {kind!r}" if kind else f"{_kind(part)} in its list of parts"
+            raise _Refused("not text", f"{who} holds {found}; only text parts are read.")
         texts.append(part["text"])
     return "".join(texts)
 

@@ -91,7 +91,9 @@ def _by_lengths(tokenizer: Tokenizer, marked: Marked, encoded: Iterable[Ids]) ->
     for i, (start, end) in enumerate(spans):
         ids = next(parts)
         stop = spans[i + 1][0] if i + 1 < len(spans) else len(text)
-        counts.append((at, at + (len(ids) if end == stop else _begun(tokenizer, ids, text[start:end]))))
+        counts.append(
+            (at, at + (len(ids) if end == stop else _begun(tokenizer, ids, text[start:end])))
+        )
         joined.append(ids)
         at += len(ids)
     trained = np.zeros(at, bool)

@@ -89,7 +89,8 @@ class ParquetFile(Table):
 
     def _open(self) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(self.path, buffer_size=BLOCK)
+            # Page by page: the defaults hold a row group's columns whole.
+            return pq.ParquetFile(self.path, buffer_size=BLOCK, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{self.label} is not what its ending says, or is cut short: no Parquet file ({error})"

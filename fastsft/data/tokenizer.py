@@ -35,7 +35,7 @@ from fastsft.errors import UserError
 if TYPE_CHECKING:
     from fastsft.data.templates import Template
 
-WRAP = ("\U0010fff0", "\U0010fff1")  # around control tokens in texts for `guarded`
+_WRAP = ("\U0010fff0", "\U0010fff1")  # around control tokens in texts for `guarded`
 _NAMED = (
     "bos_token",
     "eos_token",
@@ -130,8 +130,8 @@ class Tokenizer:
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, i in self._vocab.items():
             lengths[i] = len(token)  # a character of the byte-level alphabet is a byte
-        for i, token in added.items():
-            lengths[i] = len(token.content.encode())
+        for i, one in added.items():
+            lengths[i] = len(one.content.encode())
         return lengths
 
     @cached_property
@@ -210,9 +210,10 @@ class Tokenizer:
 
     # -- the same strings as words and as control tokens --------------------------------------
 
-    def wrap(self, token: str) -> str:
+    @staticmethod
+    def wrap(token: str) -> str:
         """How `guarded` spells a control token."""
-        return WRAP[0] + token + WRAP[1]
+        return _WRAP[0] + token + _WRAP[1]
 
     @cached_property
     def guarded(self) -> Backend:

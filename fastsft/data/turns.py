@@ -10,30 +10,27 @@ P + answer, exactly as inference will see it. Otherwise the template cannot be t
 Nothing a row says may vanish on the way: every message's words must stand in the rendering, and tool
 calls and tools are checked with made-up names, once per shape of conversation.
 
-Words that spell a control token stay words: before rendering they become one private character each, so
-that every control token in the rendering is the template's own; `spell_out` tells the two apart for the
-tokenizer.
+Words that spell a control token stay words (words.py).
 """
 
 from __future__ import annotations
 
-import bisect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastsft.data.rendering import Rendered, Template, TemplateRefused, thoughts_of
 from fastsft.data.rows import BadRow, Conversation
 from fastsft.data.spans import Marked
-from fastsft.data.templates import OURS, Rendered, Template, TemplateRefused
-from fastsft.data.tokenizer import WRAP, Tokenizer
+from fastsft.data.templates import OURS
+from fastsft.data.tokenizer import Tokenizer
+from fastsft.data.words import Words, strings_in, unfit
 from fastsft.errors import UserError
 
 TrainOn = Literal["assistant", "last", "all"]
 MultiTurn = Literal["auto", "joint", "per_turn"]
-_PRIVATE = 0x100000  # the first stand-in for a control token in a message
-_OWN_CHARACTERS = re.compile("[\U00100000-\U0010fffd]")
 _THOUGHTS = re.compile(r"</?think>")
 _NO_STOP = "no stop token after the answer"
 _PER_TURN = "one sequence per trained turn"
@@ -54,10 +51,11 @@ class Planner:
         self, tokenizer: Tokenizer, template: Template, *, train_on: TrainOn, multi_turn: MultiTurn
     ) -> None:
         self.template, self.train_on, self.multi_turn = template, train_on, multi_turn
-        self.control = sorted((t for t in tokenizer.control if t), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, self.control)) or "(?!)")
+        self._words = Words(tokenizer)
         self._seen_shapes: set[Any] = set()
-        known = (n for n, o in OURS.items() if all(tokenizer.id_of(t) is not None for t in o.tokens))
+        known = (
+            n for n, o in OURS.items() if all(tokenizer.id_of(t) is not None for t in o.tokens)
+        )
         self._other = next(known, "chatml")
 
     def plan(self, row: Conversation) -> Plan | BadRow:
@@ -65,61 +63,28 @@ class Planner:
         strings = [message["content"] for message in row.messages]
         for message in row.messages:
             if len(message) > 2:
-                strings += _strings(list(message.values()))
+                strings += strings_in(list(message.values()))
         if row.tools or row.template_kwargs:
-            strings += _strings([row.tools, row.template_kwargs])
-        if any(not s.isascii() for s in strings):
-            bad = _unencodable(row, strings)
-            if bad is not None:
-                return bad
-        if any(self._control.search(s) for s in strings):
-            stood_in = self._stand_in([row.messages, row.tools, row.template_kwargs])
-            turn = _Turns(self, row.where, *stood_in)
-            plan = turn.plan()
-            if isinstance(plan, Plan):
-                plan.sequences = [self.spell_out(marked) for marked in plan.sequences]
-            return plan
-        return _Turns(self, row.where, row.messages, row.tools, row.template_kwargs).plan()
-
-    def _stand_in(self, value: Any) -> Any:
-        """The same value with a private character for each control token in its strings."""
-        if isinstance(value, str):
-            return self._control.sub(lambda m: chr(_PRIVATE + self.control.index(m[0])), value)
-        if isinstance(value, list):
-            return [self._stand_in(one) for one in value]
-        if isinstance(value, dict):
-            return {self._stand_in(key): self._stand_in(one) for key, one in value.items()}
-        return value
-
-    def spell_out(self, marked: Marked) -> Marked:
-        """Stand-ins become bare words, the template's control tokens are wrapped; spans follow."""
-        own = re.compile(f"[{chr(_PRIVATE)}-{chr(_PRIVATE + len(self.control))}]|{self._control.pattern}")
-        parts, at, before, after = [], 0, [0], [0]
-        length = 0
-        for match in own.finditer(marked.text):
-            text = match[0]
-            stood_in = ord(text[0]) - _PRIVATE
-            written = self.control[stood_in] if stood_in >= 0 else WRAP[0] + text + WRAP[1]
-            parts += marked.text[at : match.start()], written
-            length += match.start() - at + len(written)
-            at = match.end()
-            before.append(at)
-            after.append(length)
-        parts.append(marked.text[at:])
-
-        def moved(place: int) -> int:
-            i = bisect.bisect_right(before, place) - 1
-            return after[i] + place - before[i]
-
-        spans = [(moved(start), moved(end)) for start, end in marked.spans]
-        return Marked("".join(parts), spans, guarded=True)
+            strings += strings_in([row.tools, row.template_kwargs])
+        reason = unfit(strings)
+        if reason:
+            return BadRow(row.where, "not text", reason)
+        given = row.messages, row.tools, row.template_kwargs
+        if not self._words.hold_control(strings):
+            return _Turns(self, row.where, *given).plan()
+        plan = _Turns(self, row.where, *map(self._words.stand_in, given)).plan()
+        if isinstance(plan, Plan):
+            plan.sequences = [self._words.spell_out(marked) for marked in plan.sequences]
+        return plan
 
     def check_tools(self, turns: _Turns) -> None:
         """Raises UserError where the template leaves out tools or calls of conversations like this one."""
         calling = [i for i, m in enumerate(turns.messages) if m.get("tool_calls")]
         if not calling and not turns.tools:
             return
-        told = [(m["role"], bool(m["content"]), len(m.get("tool_calls") or ())) for m in turns.messages]
+        told = [
+            (m["role"], bool(m["content"]), len(m.get("tool_calls") or ())) for m in turns.messages
+        ]
         shape = (bool(turns.tools), tuple(told))
         if shape in self._seen_shapes:
             return
@@ -164,13 +129,17 @@ class _Turns:
             return self._untagged(full, trained)
         except TemplateRefused as refused:
             name = self.planner.template.name
-            return BadRow(self.where, "template refused", f"Chat template {name} refuses it: {refused}.")
+            return BadRow(
+                self.where, "template refused", f"Chat template {name} refuses it: {refused}."
+            )
 
     def render(
         self, messages: Sequence[dict[str, Any]], prompt: bool = False, tools: Any = None
     ) -> Rendered:
         template = self.planner.template
-        return template.render(messages, tools or self.tools, add_generation_prompt=prompt, **self.kwargs)
+        return template.render(
+            messages, tools or self.tools, add_generation_prompt=prompt, **self.kwargs
+        )
 
     def _trained_turns(self) -> list[int]:
         turns = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
@@ -213,7 +182,9 @@ class _Turns:
     def _untagged(self, full: Rendered, trained: list[int]) -> Plan:
         answers = [self._answer(k, full) for k in trained]
         joint = all(full.text.startswith(text[:end]) for text, _, end in answers)
-        notes = [] if all(text.endswith(self._stop, 0, end) for text, _, end in answers) else [_NO_STOP]
+        notes = (
+            [] if all(text.endswith(self._stop, 0, end) for text, _, end in answers) else [_NO_STOP]
+        )
         whole = joint and self._lost(full.text, trained) is None
         if whole and self.planner.multi_turn != "per_turn":
             return Plan([Marked(full.text, [(start, end) for _, start, end in answers])], notes)
@@ -236,18 +207,22 @@ class _Turns:
     def _answer(self, k: int, full: Rendered, prompt: bool = True) -> tuple[str, int, int]:
         """(U, start, end): the text up to and with turn k, and the answer in it up to its last stop."""
         before = self.render(self.messages[:k], prompt).text if k or prompt else ""
-        text = full.text if k + 1 == len(self.messages) else self.render(self.messages[: k + 1]).text
+        text = (
+            full.text if k + 1 == len(self.messages) else self.render(self.messages[: k + 1]).text
+        )
         if not text.startswith(before):
             raise self._no_prefix(k, before, text)
         ends = [at + len(s) for s in self._stop if (at := text.rfind(s, len(before))) >= 0]
         return text, len(before), max(ends, default=len(text))
 
     def _no_prefix(self, k: int, before: str, text: str) -> UserError:
-        at = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(text))
+        at = next(
+            (i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(text)
+        )
         return UserError(
-            f"{self.where}: in chat template {self.planner.template.name} message {k + 1} "
-            f"cannot be told from what stands before it: behind {before[max(0, at - 30) : at]!r} the prompt goes on "
-            f"with {before[at : at + 30]!r}, and with the message there it is {text[at : at + 30]!r}. "
+            f"{self.where}: in chat template {self.planner.template.name} message {k + 1} cannot be told "
+            f"from what stands before it: behind {before[max(0, at - 30) : at]!r} the prompt goes on with "
+            f"{before[at : at + 30]!r}, and with the message there it is {text[at : at + 30]!r}. "
             f"{self.planner.advice()}"
         )
 
@@ -284,8 +259,7 @@ class _Turns:
             words = message["content"].strip()
             if words and words not in text and not self._in_parts(message, text, i in trained):
                 return i
-            thoughts = message.get("reasoning_content")
-            if thoughts and i in trained and thoughts.strip() not in text:
+            if i in trained and thoughts_of(message).strip() not in text:
                 return i
         return None
 
@@ -303,14 +277,14 @@ class _Turns:
 
     def _hold(self, text: str, k: int) -> None:
         """Raises UserError unless turn k stands whole in the text."""
-        lost = _Turns(self.planner, self.where, self.messages[: k + 1], self.tools, self.kwargs)._lost(
-            text, [k]
-        )
+        lost = _Turns(
+            self.planner, self.where, self.messages[: k + 1], self.tools, self.kwargs
+        )._lost(text, [k])
         if lost is not None:
             raise self.left_out(self._lacking(lost))
 
     def _lacking(self, i: int) -> str:
-        thoughts = " or reasoning_content" if self.messages[i].get("reasoning_content") else ""
+        thoughts = " or reasoning_content" if thoughts_of(self.messages[i]) else ""
         return f"message {i + 1}: its content{thoughts} is"
 
     def left_out(self, what: str) -> UserError:
@@ -325,39 +299,16 @@ def _escaped(words: str) -> str:
     return json.dumps(words, ensure_ascii=False)[1:-1]
 
 
-def _strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for one in value:
-            yield from _strings(one)
-    elif isinstance(value, dict):
-        for key, one in value.items():
-            yield from _strings(key)
-            yield from _strings(one)
-
-
-def _unencodable(row: Conversation, strings: Sequence[str]) -> BadRow | None:
-    for text in strings:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            return BadRow(
-                row.where, "not text", f"It holds half a character, {text[error.start]!a}, not valid text."
-            )
-        found = _OWN_CHARACTERS.search(text)
-        if found:
-            return BadRow(row.where, "not text", f"It holds {found[0]!a}, which is kept for internal use.")
-    return None
-
-
 def _with_named_calls(i: int, message: dict[str, Any]) -> dict[str, Any]:
     """The message with made-up names and arguments in its calls."""
     calls = message.get("tool_calls")
     if not calls:
         return message
     named = [
-        {**c, "function": {"name": f"probecall{i}x{j}x", "arguments": {"key": f"probevalue{i}x{j}x"}}}
+        {
+            **c,
+            "function": {"name": f"probecall{i}x{j}x", "arguments": {"key": f"probevalue{i}x{j}x"}},
+        }
         for j, c in enumerate(calls)
     ]
     return {**message, "tool_calls": named}

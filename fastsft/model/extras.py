@@ -133,14 +133,13 @@ def _train_module(name: str, module: nn.Module, masters: dict[int, nn.Parameter]
 
 def resize_vocabulary(model: PreTrainedModel, rows: int) -> None:
     """Enlarge embedding and head to `rows`; new rows start at the mean of the old ones. Never shrinks."""
-    old, training = len(embedding_weight(model)), embedding_weight(model).requires_grad
+    old = len(embedding_weight(model))
     if rows <= old:
         return
     model.resize_token_embeddings(rows, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is None:
             continue
-        layer.requires_grad_(training)  # a resized layer is a new one
         weight, bias = layer.weight, getattr(layer, "bias", None)
         assert isinstance(weight, Tensor)
         weight.data[old:] = weight.data[:old].float().mean(0).to(weight.dtype)

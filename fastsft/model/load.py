@@ -255,7 +255,6 @@ def _write_configs(
     model: PreTrainedModel, staging: Path, dtype: torch.dtype, tied: bool, stop_ids: Sequence[int]
 ) -> None:
     config = json.loads(model.config.to_json_string(use_diff=True))
-    config.pop("_name_or_path", None)  # a path of this machine
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["architectures"] = [type(model).__name__]
     if not tied:

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from fastsft.errors import UserError
 from fastsft.model.adapter import load_adapter
 from fastsft.model.context import StepContext
+from fastsft.model.files import read_config
 from fastsft.model.inference import Subject, load_template, load_tokenizer, locate
 from fastsft.model.load import is_prequantized, load_model, save_model
 from fastsft.model.lora import LoraLinear
@@ -71,10 +72,14 @@ def merge(
     subject = locate(adapter_or_run)
     _check_base(subject, base, adapter_or_run)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = subject.base_folder()
+    stored = read_config(folder)
+    half = "float16" in (stored.get("dtype"), stored.get("torch_dtype"))
     model = load_model(
-        subject.base_folder(),
+        folder,
         quantize=base == "dequantized",
-        dtype=None,
+        # The file's own, so that each weight is rounded once; fp16 cannot hold what bf16 can.
+        dtype=torch.float32 if half else None,
         device=device,
         trust_remote_code=subject.trust_remote_code,
     )
@@ -145,7 +150,7 @@ def fold_adapters(model: PreTrainedModel) -> None:
 
 
 def _plain(base: nn.Module, delta: Tensor | None, dtype: torch.dtype) -> nn.Module:
-    """A dense layer with the weight of `base` plus `delta` [N, K] (fp32), rounded to bf16 once."""
+    """A dense layer with the weight of `base` plus `delta` [N, K] (fp32), rounded to `dtype`."""
     if isinstance(base, NF4Linear):
         weight = nf4_dequantize(base.nf4, dtype=torch.float32)
         plain: nn.Module = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
@@ -155,7 +160,7 @@ def _plain(base: nn.Module, delta: Tensor | None, dtype: torch.dtype) -> nn.Modu
         plain, weight = base, base.weight.float()
     if delta is not None:
         weight = weight + (delta.t() if isinstance(base, Conv1D) else delta)
-    plain.weight = nn.Parameter(weight.to(torch.bfloat16).to(dtype), requires_grad=False)
+    plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     return plain
 
 

@@ -35,11 +35,21 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
-CALL = {"id": "callabc12", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALL = {
+    "id": "callabc12",
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Oslo"}},
+}
 CASES: dict[str, tuple[list[dict], list[dict] | None]] = {
     "1 turn": (ONE, None),
     "3 turns": (
-        [*ONE, turn("user", "And 2+2?"), turn("assistant", "Four."), turn("user", "5?"), turn("assistant", "No.")],
+        [
+            *ONE,
+            turn("user", "And 2+2?"),
+            turn("assistant", "Four."),
+            turn("user", "5?"),
+            turn("assistant", "No."),
+        ],
         None,
     ),
     "system": ([turn("system", "Be brief."), *ONE], None),
@@ -70,7 +80,9 @@ def tokenizer_for(name: str, path: Path) -> Tokenizer:
     """A tiny tokenizer with the template's control tokens, of the kind its family has."""
     if name in ("llama2", "mistral-v1", "mistral-v3"):
         control = ("[INST]", "[/INST]", "[TOOL_CALLS]") if name == "mistral-v3" else ()
-        where = folder(path, metaspace(), control=control, adds_bos=True, bos_token="<s>", eos_token="</s>")
+        where = folder(
+            path, metaspace(), control=control, adds_bos=True, bos_token="<s>", eos_token="</s>"
+        )
         return Tokenizer.load(where)
     layout = OURS.get(name, OURS["chatml"])
     kind = {"llama3": "llama3", "mistral-tekken": "llama3", "granite": "digits"}.get(name, "gpt2")
@@ -78,7 +90,9 @@ def tokenizer_for(name: str, path: Path) -> Tokenizer:
     if name in ("llama3", "gemma", "mistral-tekken", "olmo2", "vicuna"):
         named["bos_token"] = "<s>"
     adds_bos = name in ("llama3", "vicuna")
-    return Tokenizer.load(folder(path, byte_level(kind), control=layout.tokens, adds_bos=adds_bos, **named))
+    return Tokenizer.load(
+        folder(path, byte_level(kind), control=layout.tokens, adds_bos=adds_bos, **named)
+    )
 
 
 def template_for(name: str, tokenizer: Tokenizer) -> Template:

@@ -138,8 +138,8 @@ def test_text_parts_are_joined_and_images_refused():
     assert said(good("messages", chat({"role": "user", "content": parts}, ANSWER)))[0][1] == "a b"
     for other in ({"type": "image_url", "image_url": {}}, {"type": "thinking", "text": "x"}, "x"):
         result = bad("messages", chat({"role": "user", "content": [*parts, other]}, ANSWER))
-        kind = other["type"] if isinstance(other, dict) else "text"
-        assert result.reason == "not text" and f"of type {kind!r}" in result.detail
+        kind = f"of type {other['type']!r}" if isinstance(other, dict) else "text in its list"
+        assert result.reason == "not text" and kind in result.detail
 
 
 @pytest.mark.parametrize(

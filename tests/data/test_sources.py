@@ -160,6 +160,14 @@ def test_chunks_are_small_whatever_the_batches_are(tmp_path):
         assert sum(sizes) > 12e6 and max(sizes) < 2e6
 
 
+def test_a_row_group_is_not_held_whole(tmp_path):
+    rows = [{"text": os.urandom(5000).hex()} for _ in range(2400)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=len(rows))
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in opened(tmp_path / "a.parquet").chunks()]
+    assert len(held) > 10 and max(held) < 8e6, max(held)  # of 24 MB
+
+
 # -- seeds and verdicts ---------------------------------------------------------------------------
 
 
@@ -342,6 +350,20 @@ def test_nulls_that_arrow_puts_into_tools_are_dropped(tmp_path):
         assert second.messages == MESSAGES  # no null tool_calls either
 
 
+def test_the_json_type_of_datasets_is_parsed(tmp_path):
+    # What `datasets` makes of contents that are texts in some messages and lists in others.
+    parts = [{"type": "text", "text": "ä"}, {"type": "text", "text": "b"}]
+    contents = pa.array([json.dumps("a"), json.dumps(parts)], pa.string()).cast(pa.json_())
+    messages = pa.StructArray.from_arrays(
+        [pa.array(["user", "assistant"]), contents], ["role", "content"]
+    )
+    table = pa.table({"messages": pa.ListArray.from_arrays(pa.array([0, 2], pa.int32()), messages)})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (row,) = parsed(opened(tmp_path / "a.arrow"))
+    assert [m["content"] for m in row.messages] == ["a", "äb"]
+
+
 # -- files that cannot be read at all -------------------------------------------------------------
 
 
@@ -454,9 +476,15 @@ def test_folders(tmp_path, monkeypatch):
     assert len(parsed(source)) == 4 and len(parsed(opened(folder, split="test"))) == 2
     assert source.verdict == "messages: columns messages (not used: id)"
     assert parsed(source, 3)[0].where == f"{folder}[train]:4"
+    assert b"arrow_dataset" not in pickle.dumps(source)  # workers need not open it, nor import
+    fingerprint = source.fingerprint()
+    assert opened(folder).fingerprint() == fingerprint
+    assert opened(folder, split="test").fingerprint() != fingerprint
     assert "Unknown split" in refusal(folder, split="validation")
     assert "this is a folder" in refusal(folder, revision="main")
 
+    (folder / "train.jsonl").write_bytes(lines([{**row, "id": 3} for row in rows]))
+    assert opened(folder).fingerprint() != fingerprint
     (folder / "test.jsonl").write_bytes(lines(rows) + b'{"messages": [')
     assert "JSON" in refusal(folder, split="test")
 

@@ -15,7 +15,7 @@ from fastsft.data import cache as cache_module
 from fastsft.data.cache import TokenCache, default_cache_dir
 from fastsft.data.prepare import split
 from fastsft.data.report import Policy, SourceReport
-from fastsft.data.store import TokenStore, TokenWriter
+from fastsft.data.store import TokenBatch, TokenStore, TokenWriter
 from fastsft.errors import UserError
 
 DROP = Policy("drop", "auto")
@@ -126,6 +126,15 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, file: str, damage: str) -
     again, _, made = make(tmp_path)
     assert made and np.array_equal(again.ids, np.repeat(*counts_of(again)))
     assert len(again) == len(whole) and len(entries(tmp_path)) == 1
+
+
+def test_the_first_token_of_a_sequence_is_no_target() -> None:
+    ids, all_of_it = np.arange(4, dtype=np.int32), np.ones(4, bool)
+    batch = TokenBatch.of(
+        [(1, [(ids, all_of_it)]), (2, [(ids, ~all_of_it), (ids[:1], all_of_it[:1])])]
+    )
+    assert batch.targets().tolist() == [3, 0, 0] and batch.targets().dtype == np.int32
+    assert batch.turns.tolist() == [1, 2] and batch.row.tolist() == [1, 2]
 
 
 def counts_of(store: TokenStore) -> tuple[np.ndarray, np.ndarray]:

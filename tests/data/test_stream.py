@@ -69,10 +69,11 @@ def test_weights_are_exact_shares_of_every_stretch() -> None:
     assert counts == {"file0.jsonl": 4000, "file1.jsonl": 1000, "file2.jsonl": 2000}
 
 
-def test_thirds_do_not_drift() -> None:
-    mixer = Mixer([0.1, 0.2])
-    picks = [mixer.next() for _ in range(3000)]
-    assert picks == picks[:3] * 1000
+def test_shares_are_whole_numbers_and_do_not_drift() -> None:
+    mixer = Mixer([0.1, 0.2, 0.3])  # in floating point the third is not three times the first
+    picks = [mixer.next() for _ in range(6000)]
+    assert mixer.weights == [1, 2, 3] and mixer.credit == [0, 0, 0]
+    assert picks == picks[:6] * 1000
 
 
 def test_resumes_anywhere_with_the_same_examples() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 from importlib import resources
 
 import numpy as np
@@ -54,7 +53,9 @@ def test_text_and_mask_as_transformers_has_them(name, tmp_path):
         got = theirs.apply_chat_template(
             messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
-        ids, trained = encoder.encode([Conversation("chat", "row", messages, tools)])[0].sequences[0]
+        ids, trained = encoder.encode([Conversation("chat", "row", messages, tools)])[0].sequences[
+            0
+        ]
         assert ids.tolist() == got["input_ids"], case
         assert trained.astype(int).tolist() == got["assistant_masks"], case
         compared += 1
@@ -75,7 +76,11 @@ PUBLISHED = {
 @pytest.mark.parametrize("published", PUBLISHED)
 def test_our_text_is_the_published_text(published):
     name, other = PUBLISHED[published]
-    constants = {"special_tokens": {"bos_token": "<s>", "eos_token": ""}, "kwargs": {}, "date": DATE}
+    constants = {
+        "special_tokens": {"bos_token": "<s>", "eos_token": ""},
+        "kwargs": {},
+        "date": DATE,
+    }
     theirs_source = (resources.files("trl") / "chat_templates" / f"{published}.jinja").read_text()
     theirs = Template(published, theirs_source, **constants)
     ours = Template(name, our_source(name), **constants)
@@ -104,8 +109,12 @@ def test_every_template_of_ours_is_tagged_and_ends_its_spans_with_the_stop(tmp_p
         assert not template.notes
 
 
-def chat_tokenizer(path, *, template=None, control=("<|im_start|>", "<|im_end|>"), **more) -> Tokenizer:
-    where = folder(path, byte_level(), control=control, eos_token="<|endoftext|>", template=template, **more)
+def chat_tokenizer(
+    path, *, template=None, control=("<|im_start|>", "<|im_end|>"), **more
+) -> Tokenizer:
+    where = folder(
+        path, byte_level(), control=control, eos_token="<|endoftext|>", template=template, **more
+    )
     return Tokenizer.load(where)
 
 
@@ -125,7 +134,7 @@ def test_auto_finds_ours_by_control_tokens(name, tmp_path):
 
 def test_auto_without_a_fitting_template_lists_the_names(tmp_path):
     tokenizer = chat_tokenizer(tmp_path, control=("<|im_start|>",))
-    with pytest.raises(UserError, match="no chat template.*alpaca, chatml, gemma"):
+    with pytest.raises(UserError, match=r"no chat template.*alpaca, chatml, gemma"):
         resolve("auto", tokenizer)
 
 
@@ -138,12 +147,16 @@ def test_names(tmp_path):
         resolve(str(tmp_path / "none.jinja"), tokenizer)
     phi = chat_tokenizer(tmp_path / "b", control=OURS["phi4"].tokens)
     assert resolve("phi", phi).name == "phi4"
-    assert resolve("phi", chat_tokenizer(tmp_path / "c", control=OURS["phi3"].tokens)).name == "phi3"
+    assert (
+        resolve("phi", chat_tokenizer(tmp_path / "c", control=OURS["phi3"].tokens)).name == "phi3"
+    )
 
 
 def test_missing_control_tokens_are_an_error_or_new_tokens(tmp_path):
     tokenizer = chat_tokenizer(tmp_path, control=())
-    with pytest.raises(UserError, match=r"chatml needs <\|im_start\|>, <\|im_end\|>.*new_tokens: train"):
+    with pytest.raises(
+        UserError, match=r"chatml needs <\|im_start\|>, <\|im_end\|>.*new_tokens: train"
+    ):
         resolve("chatml", tokenizer)
     size = tokenizer.vocab_size
     template = resolve("chatml", tokenizer, new_tokens="train")
@@ -157,7 +170,8 @@ def test_stops_of_a_foreign_template_are_observed(tmp_path):
     end = tokenizer.id_of("<|im_end|>")
     assert template.stop_ids == (end, tokenizer.eos_id)
     assert template.stop == ("<|im_end|>", "<|endoftext|>")
-    assert resolve("auto", tokenizer, extra_stop=["<|im_start|>"]).stop_ids[0] == tokenizer.id_of("<|im_start|>")
+    more = resolve("auto", tokenizer, extra_stop=["<|im_start|>"])
+    assert more.stop_ids[0] == tokenizer.id_of("<|im_start|>")
     with pytest.raises(UserError, match="stop: 'two words' is not one token"):
         resolve("auto", tokenizer, extra_stop=["two words"])
 
@@ -182,7 +196,9 @@ def test_kwargs_of_run_and_row(tmp_path):
     assert template.render(ONE).text == "xWhat is 1+1?"
     assert template.render(ONE, loud=True, tone="y").text == "yWhat is 1+1?!"
     again = pickle.loads(pickle.dumps(template))
-    assert again.render(ONE).text == "xWhat is 1+1?" and again.fingerprint() == template.fingerprint()
+    assert (
+        again.render(ONE).text == "xWhat is 1+1?" and again.fingerprint() == template.fingerprint()
+    )
 
 
 def test_refusals_and_wrong_jinja(tmp_path):
@@ -201,7 +217,10 @@ def test_empty_thought_of_qwen3_is_part_of_the_prompt(tmp_path):
     tokenizer = chat_tokenizer(tmp_path)
     template = resolve("qwen3", tokenizer, kwargs={"enable_thinking": False})
     rendered = template.render(ONE)
-    assert rendered.text[: rendered.spans[0][0]] == template.render(ONE[:1], add_generation_prompt=True).text
+    assert (
+        rendered.text[: rendered.spans[0][0]]
+        == template.render(ONE[:1], add_generation_prompt=True).text
+    )
     assert rendered.text[: rendered.spans[0][0]].endswith("<think>\n\n</think>\n\n")
 
 
@@ -209,7 +228,36 @@ def test_alpaca_writes_the_two_fields_apart(tmp_path):
     tokenizer = chat_tokenizer(tmp_path)
     messages = [turn("user", "Add.\n1 2", instruction="Add.", input="1 2"), turn("assistant", "3")]
     template = resolve("alpaca", tokenizer)
-    assert re.search("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3<", template.render(messages).text)
+    text = template.render(messages).text
+    assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3<" in text
     encoded = Encoder(tokenizer, template).encode([Conversation("chat", "row", messages)])[0]
     ids, trained = encoded.sequences[0]
     assert tokenizer.decode(ids[trained]) == "3<|endoftext|>" and isinstance(trained, np.ndarray)
+
+
+def test_the_sandbox_renders_as_transformers_does(tmp_path):
+    """Block trimming, loop controls, helpers, thoughts under other names: what real templates lean on."""
+    from transformers import AutoTokenizer
+
+    source = """
+    {%- set state = namespace(n=0) %}
+    {% for m in messages %}
+        {% if m.role == 'system' %}
+            {% continue %}
+        {% endif %}
+  {{ loop.index }} {{ m.role }} {{ m.content | tojson }} {{ {'a': '<é>'} | tojson(indent=2) }}
+        {% set state.n = state.n + 1 %}
+        {% if m.thinking %}[{{ m.thinking }}|{{ m.reasoning_content }}]
+        {% endif %}
+    {% endfor %}
+    {# a comment #}
+    {{ state.n }} {{ bos_token }}{{ eos_token }}{{ pad_token }} {{ documents is none }} {{ tools | length }}
+    {% for key, value in tools[0].function | items %}{{ key }}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}
+
+"""
+    tokenizer = chat_tokenizer(tmp_path, template=source, bos_token="<s>")
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    messages = [turn("system", "x"), *CASES["thinking"][0], turn("user", "<b>\n")]
+    tools = CASES["tools"][1]
+    expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+    assert resolve("auto", tokenizer).render(messages, tools).text == expected

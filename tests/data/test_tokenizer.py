@@ -46,8 +46,10 @@ def test_same_ids_and_facts_as_transformers(tokenizer):
     assert tokenizer.vocab_size == len(theirs)
     assert tokenizer.adds_bos == (theirs.encode("a")[0] == theirs.bos_token_id)
     assert not tokenizer.adds_eos
-    assert tokenizer.stop_ids == (tokenizer.eos_id, *json.loads(
-        (tokenizer.folder / "generation_config.json").read_text())["eos_token_id"])
+    assert tokenizer.stop_ids == (
+        tokenizer.eos_id,
+        *json.loads((tokenizer.folder / "generation_config.json").read_text())["eos_token_id"],
+    )
     assert tokenizer.special_ids >= {tokenizer.id_of(t) for t in CHATML}
     assert tokenizer.id_of("<think>") not in tokenizer.special_ids
 
@@ -113,10 +115,24 @@ def test_a_token_the_merges_cannot_reach_is_left_out(tmp_path):
         (lambda s: s["added_tokens"][0].update(lstrip=True), "byte-level"),
         (lambda s: s.update(normalizer={"type": "Lowercase"}), "byte-level"),
         (lambda s: s["model"].update(unk_token="<|endoftext|>"), "not plain"),
-        (lambda s: s["added_tokens"].append({**s["added_tokens"][0], "id": 900, "content": "<|endoftext|>x"}),
-         "begins another"),
-        (lambda s: s.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
-            {"type": "Punctuation", "behavior": "Isolated"}, s["pre_tokenizer"]]}), "one pattern"),
+        (
+            lambda s: s["added_tokens"].append(
+                {**s["added_tokens"][0], "id": 900, "content": "<|endoftext|>x"}
+            ),
+            "begins another",
+        ),
+        (
+            lambda s: s.update(
+                pre_tokenizer={
+                    "type": "Sequence",
+                    "pretokenizers": [
+                        {"type": "Punctuation", "behavior": "Isolated"},
+                        s["pre_tokenizer"],
+                    ],
+                }
+            ),
+            "one pattern",
+        ),
         (lambda s: s["model"]["merges"].extend([s["model"]["merges"][0]]), "different priority"),
     ],
 )
@@ -189,7 +205,14 @@ def test_a_slow_tokenizer_is_converted(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(spec["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(" ".join(m) for m in spec["merges"]))
     (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": eos, "bos_token": eos, "unk_token": eos})
+        json.dumps(
+            {
+                "tokenizer_class": "GPT2Tokenizer",
+                "eos_token": eos,
+                "bos_token": eos,
+                "unk_token": eos,
+            }
+        )
     )
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     tokenizer = Tokenizer.load(tmp_path)
@@ -205,7 +228,10 @@ def test_a_slow_tokenizer_is_converted(tmp_path):
 def test_several_named_templates(tmp_path):
     where = folder(tmp_path, byte_level(), eos_token="</s>")
     config = json.loads((where / "tokenizer_config.json").read_text())
-    config["chat_template"] = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    config["chat_template"] = [
+        {"name": "tool_use", "template": "T"},
+        {"name": "default", "template": "D"},
+    ]
     (where / "tokenizer_config.json").write_text(json.dumps(config))
     assert Tokenizer.load(where).chat_template == "D"
     (where / "chat_template.jinja").write_text("J")
@@ -229,6 +255,8 @@ def test_the_module_imports_neither_torch_nor_transformers():
     import subprocess
     import sys
 
-    code = "import sys, fastsft.data.encode; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, fastsft.data.encode as e; print({'torch', 'transformers'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"

@@ -27,7 +27,9 @@ PLAIN_ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # added, n
 def pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "llama3")
     if kind == "llama3":
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), byte_level])
+        return pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), byte_level]
+        )
     if kind == "digits":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     return byte_level
@@ -51,7 +53,12 @@ def metaspace(vocab_size: int = 520) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     head = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words = Tokenizer(models.BPE())  # merges that, like Llama's, stop at a blank
@@ -93,7 +100,11 @@ def folder(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
         )
     backend.save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **named,
+    }
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     if template is not None:
         (path / "chat_template.jinja").write_text(template)

@@ -195,7 +195,7 @@ def test_an_adapter_on_the_head_is_part_of_the_loss() -> None:
     context = StepContext()
     adapters = add_adapters(tiny("llama"), lora, seed=0, context=context)
     engine = CompatEngine(adapters.model, context)
-    assert engine.head.own
+    assert engine.head.own and "carries an adapter" in engine.head.reason
     adapters.layers["lm_head"].lora_B.data.normal_(0, 0.3)
     docs = documents()
     found = engine.loss(batch_of(docs), step=0).loss_sum

@@ -53,7 +53,7 @@ def read(folder):
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_are_pefts_rounded_once(tmp_path, dtype, tied):
     base = write_model(tmp_path / "base", dtype=dtype, tie_word_embeddings=tied)

@@ -1,12 +1,13 @@
 """Checkpoints: whole or absent, damage named, a kill at any moment, and who owns which folder."""
 
 import errno
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
-import time
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +90,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
-        RuntimeError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("Error while serializing: I/O error: No space left on device"),
     ],
 )
 def test_no_space_left(tmp_path: Path, error: Exception) -> None:
@@ -127,48 +128,55 @@ def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "checkpoints") == ["step-000001"]
 
 
-def save_forever(run: Path) -> None:
-    """What a run does at its saves, and nothing else."""
-    ck.remove_left_overs(run)
-    last = ck.newest_whole(run)
-    step = last.step if last else 0
-
-    def write(folder: Path) -> None:
-        for part in range(5):
-            (folder / f"part{part}").write_bytes(bytes([step % 256]) * 200_000)
-
-    while True:
-        step += 1
-        ck.save_checkpoint(run, step, write, {}, {"m": torch.arange(100_000)})
-        ck.prune(run, 2, None)
+FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 
-def test_kills_at_any_moment_leave_whole_checkpoints(tmp_path: Path) -> None:
-    """Ten seeded SIGKILLs into a process that does nothing but save and prune."""
-    draw = random.Random(0)
-    seen = unfinished = 0
-    for _ in range(10):
-        child = os.fork()
-        if child == 0:
-            try:
-                save_forever(tmp_path)
-            finally:
-                os._exit(1)
-        while max([0, *map(ck.step_of, ck.list_checkpoints(tmp_path))]) <= seen:
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0.0, 0.05))
-        os.kill(child, signal.SIGKILL)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-        visible = ck.list_checkpoints(tmp_path)
+def save_and_die(run: Path, at: int) -> bool:
+    """Save step 3 and prune in a child that kills itself before its `at`-th file operation.
+
+    True when it was killed, False when it finished first.
+    """
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def count_down(event: str, _: Any) -> None:
+            nonlocal seen
+            if event in FILE_EVENTS:
+                seen += 1
+                if seen == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count_down)
+        try:
+            save(run, 3)
+            ck.prune(run, 1, None)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_a_kill_before_any_file_operation_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path / "before", step)
+    newest_seen = set()
+    for at in itertools.count(1):
+        run = shutil.copytree(tmp_path / "before", tmp_path / str(at))
+        killed = save_and_die(run, at)
+        visible = ck.list_checkpoints(run)
         assert all(ck.verify(path) is None for path in visible)
-        newest = max((ck.load_checkpoint(p).step for p in visible), default=0)
-        assert newest > seen
-        seen = newest
-        unfinished += len(os.listdir(tmp_path / "checkpoints")) - len(visible)
-    assert unfinished > 0  # the kills did hit saves
-    ck.remove_left_overs(tmp_path)
-    names = os.listdir(tmp_path / "checkpoints")
-    assert names and all(name.startswith("step-") for name in names)
+        newest = ck.newest_whole(run)
+        assert newest is not None and newest.step in (2, 3)
+        newest_seen.add((newest.step, len(visible)))
+        if not killed:
+            break
+        ck.remove_left_overs(run)
+        names = os.listdir(run / "checkpoints")
+        assert names and all(name.startswith("step-") for name in names)
+    assert newest_seen == {(2, 2), (3, 3), (3, 2), (3, 1)} and at > 20
 
 
 def test_random_state_round_trip(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def drive(stream: io.StringIO, width: int | None = None) -> str:
     with RunConsole(stream, width) as console:
         with console.task("Tokenising", 10) as advance:
             advance(10)
+        console.print("rows [bold]11[/bold]")
         console.warn("the step is too small to fill the card")
         console.summary(summary())
         console.samples("Before training", [("Hi [bold]you", "a\x1b[31mb\rc\nd"), ("Again", " ")])
@@ -66,6 +67,7 @@ def test_a_file_gets_plain_lines() -> None:
     text = drive(io.StringIO())
     assert "\x1b" not in text and "\r" not in text
     lines = text.splitlines()
+    assert "rows [bold]11[/bold]" in lines
     assert "warning: the step is too small to fill the card" in lines
     assert "model:   builtin:tiny (8.03B parameters)" in lines
     assert "method:  lora: 41.9M trained (0.52%)" in lines

@@ -57,6 +57,7 @@ def test_a_record_covers_its_window() -> None:
     assert first["token_accuracy"] == pytest.approx(3 / trained)
     assert (first["grad_norm"], first["lr"], first["epoch"]) == (3.0, pytest.approx(0.3), 0.5)
     assert first["tokens_per_second"] == pytest.approx(60 / (3 * first["step_seconds"]))
+    assert records[1]["total_tokens"] == 60 and records[1]["grad_norm"] == 6.0
     assert first["mfu"] is None and first["peak_memory_bytes"] > 10_000_000
     assert meter.not_finite is None
 

@@ -6,8 +6,9 @@
 
 Autograd over separate modules would keep mask ∘ x, x Aᵀ and the unscaled product, and for a
 quantised base the decoded weight. Here backward needs x and t alone: W is decoded again, the
-dropout mask is drawn again from its key (not on a CPU), and the factor 1/(1-p) rides in s. The low-rank products accumulate into the large results
-in place, so no second [T, N] or [T, K] tensor is made.
+mask is drawn again from its key (on a CPU it is kept), and the factor 1/(1-p) rides in s. The
+low-rank products accumulate into the large results in place, so no second [T, N] or, without
+dropout, [T, K] tensor is made.
 """
 
 from __future__ import annotations

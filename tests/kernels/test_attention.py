@@ -1,0 +1,113 @@
+"""varlen_attention against transformers' eager attention under a block-diagonal mask."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fastsft_kernels import varlen_attention
+from torch.autograd import gradcheck
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+LENGTHS = [1, 7, 1, 1, 15, 0, 4, 40, 2]
+
+
+def cu_seqlens(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def heads(tokens, count, size=8, dtype=torch.float64):
+    return torch.randn(tokens, count, size, dtype=dtype).requires_grad_()
+
+
+def oracle(q, k, v, lengths, *, causal=True, window=None, softcap=None, scale=None):
+    """Dense attention of the whole pack, every pair of tokens judged by transformers' own rules."""
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    i = torch.arange(len(document))
+    allowed = document[:, None] == document[None, :]
+    if causal:
+        rule = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+        zero = torch.zeros((), dtype=torch.long)
+        pairs = torch.func.vmap(torch.func.vmap(rule, (None, None, None, 0)), (None, None, 0, None))
+        allowed = allowed & pairs(zero, zero, i, i)
+    mask = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill(~allowed, -torch.inf)
+    module = SimpleNamespace(
+        head_dim=q.shape[-1], num_key_value_groups=q.shape[1] // k.shape[1], training=False
+    )
+    batched = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    return eager_attention_forward(module, *batched, mask, scaling=scale, softcap=softcap)[0][0]
+
+
+CASES = [
+    {},
+    {"causal": False},
+    {"scale": 0.3},
+    {"window": 1},
+    {"window": 5},
+    {"window": 100},
+    {"softcap": 0.7},
+    {"softcap": 0.7, "causal": False},
+    {"softcap": 0.7, "window": 4, "scale": 1.5},
+]
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_attention_is_transformers(options, kv_heads):
+    torch.manual_seed(0)
+    tokens = sum(LENGTHS)
+    q, k, v = heads(tokens, 4), heads(tokens, kv_heads), heads(tokens, kv_heads)
+    ours = varlen_attention(q, k, v, cu_seqlens(LENGTHS), max(LENGTHS), **options)
+    theirs = oracle(q, k, v, LENGTHS, **options)
+    # their softmax is float32 whatever the inputs, so float64 cannot agree further than that
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn_like(ours)
+    got = torch.autograd.grad(ours, [q, k, v], upstream)
+    want = torch.autograd.grad(theirs, [q, k, v], upstream)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_attention_gradcheck(options):
+    torch.manual_seed(0)
+    lengths = [3, 1, 5]
+    q, k, v = heads(9, 2, 4), heads(9, 1, 4), heads(9, 1, 4)
+    bounds = cu_seqlens(lengths)
+    assert gradcheck(lambda q, k, v: varlen_attention(q, k, v, bounds, 5, **options), (q, k, v))
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_a_document_is_the_same_alone_and_packed(options):
+    """To the last bit: nothing of the neighbours enters, whatever they hold."""
+    torch.manual_seed(0)
+    tokens = sum(LENGTHS)
+    q, k, v = (heads(tokens, 2, dtype=torch.float32).detach() for _ in range(3))
+    bounds = cu_seqlens(LENGTHS)
+    packed = varlen_attention(q, k, v, bounds, max(LENGTHS), **options)
+    start, stop = bounds[4], bounds[5]
+    poisoned = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+    for x, p in zip((q, k, v), poisoned, strict=True):
+        p[start:stop] = x[start:stop]
+    again = varlen_attention(*poisoned, bounds, max(LENGTHS), **options)
+    assert torch.equal(again[start:stop], packed[start:stop])
+    one = [x[start:stop] for x in (q, k, v)]
+    alone = varlen_attention(*one, cu_seqlens([LENGTHS[4]]), LENGTHS[4], **options)
+    assert torch.equal(alone, packed[start:stop])
+
+
+def test_strided_heads_low_precision_and_no_tokens():
+    torch.manual_seed(0)
+    fused = torch.randn(12, 6, 8)
+    q, k, v = fused.split([4, 1, 1], dim=1)
+    bounds = cu_seqlens([5, 7])
+    exact = varlen_attention(q.double(), k.double(), v.double(), bounds, 7)
+    torch.testing.assert_close(varlen_attention(q, k, v, bounds, 7), exact.float())
+    for options in ({}, {"softcap": 5.0}):
+        low = varlen_attention(*(x.bfloat16() for x in (q, k, v)), bounds, 7, **options)
+        exact = varlen_attention(q.double(), k.double(), v.double(), bounds, 7, **options)
+        assert low.dtype == torch.bfloat16
+        assert (low.double() - exact).abs().max() < 0.03
+    empty = torch.empty(0, 2, 8)
+    assert varlen_attention(empty, empty, empty, cu_seqlens([]), 0).shape == (0, 2, 8)
+    assert varlen_attention(empty, empty, empty, cu_seqlens([0, 0]), 0).shape == (0, 2, 8)

@@ -1,0 +1,133 @@
+"""Whole runs on a model small enough for tests: a random Llama with a byte-level tokenizer, and its rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from small_run import CHATML, write_model
+
+import fastsft
+from fastsft import checkpoint
+from fastsft.metrics import read_metrics
+from fastsft.trainer import Result
+
+SEED_DATA = Path(__file__).parents[1] / "data" / "seed"
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 1024}
+CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes", "mfu"}  # differ between equal runs
+WORDS = "hello there what is this world a line of tea and one more word for the road".split()
+
+
+def write_rows(path: Path, count: int = 24) -> Path:
+    """Rows of one question and one answer, of many lengths."""
+    rows = [
+        {
+            "instruction": " ".join(WORDS[i % 7 : i % 7 + 1 + i % 3]),
+            "output": " ".join(WORDS[(i * 5) % 11 : (i * 5) % 11 + 1 + i % 5]) + f" {i}",
+        }
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def small_model(folder: Path, **options: Any) -> Path:
+    """The model in `folder`, written if it is not there."""
+    if not (folder / "config.json").exists():
+        write_model(folder, template=CHATML, **{**SMALL, **options})
+    return folder
+
+
+def settings(folder: Path, **keys: Any) -> dict[str, Any]:
+    """A config as a mapping: model and rows in `folder`, three steps of LoRA, under `keys`."""
+    values: dict[str, Any] = {
+        "model": str(small_model(folder / "base")),
+        "method": "lora",
+        "batch_size": 4,
+        "learning_rate": 0.01,
+        "warmup_steps": 0,
+        "date": "2026-01-31",
+    }
+    if not {"max_steps", "epochs"} & set(keys):
+        values["max_steps"] = 3
+    if "data" not in keys:
+        rows = folder / "rows.jsonl"
+        values["data"] = str(rows if rows.exists() else write_rows(rows))
+    if keys.get("batch_tokens"):
+        del values["batch_size"]
+    return {**values, **keys}
+
+
+def run(folder: Path, **keys: Any) -> Result:
+    """Train in this process, in `folder` as the working directory, the token cache in it too."""
+    before, cache = Path.cwd(), os.environ.get("FASTSFT_CACHE")
+    os.chdir(folder)
+    os.environ["FASTSFT_CACHE"] = str(folder / "cache")
+    try:
+        result = fastsft.train(settings(folder, **keys))
+    finally:
+        os.chdir(before)
+        os.environ.pop("FASTSFT_CACHE")
+        if cache is not None:
+            os.environ["FASTSFT_CACHE"] = cache
+    return Result(folder / result.output_dir, result.steps, result.interrupted, result.summary)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """A run's metrics without what the clock and the machine put into them."""
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in CLOCK} for record in records]
+
+
+def series(folder: Path, key: str = "loss") -> list[float]:
+    """One training metric over the steps."""
+    return [record[key] for record in lines(folder) if key in record]
+
+
+def product(folder: Path) -> dict[str, torch.Tensor]:
+    """The trained tensors that a run left."""
+    for file in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        if (folder / file).exists():
+            return load_file(folder / file)
+    raise AssertionError(f"no product in {folder}")
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two nested structures hold the same values, tensors bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second) and first.dtype == second.dtype
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+# --- in a process of their own ----------------------------------------------------------------------
+
+
+def run_to_kill(folder: Path, keys: dict[str, Any], at: int | None) -> None:
+    """A run that its parent kills; its output goes nowhere."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        torch.set_num_threads(1)
+        run(folder, **keys)
+
+
+def kill_inside_checkpoint(folder: Path, keys: dict[str, Any], at: int) -> None:
+    """A run that is killed half-way through writing the first checkpoint from step `at` on."""
+    write_state = checkpoint._write_state
+
+    def torn(target: Path, state: dict[str, Any]) -> None:
+        if state["step"] >= at:
+            os.truncate(target / "tensors.pt", 100)
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_state(target, state)
+
+    checkpoint._write_state = torn
+    run_to_kill(folder, keys, at)
