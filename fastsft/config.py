@@ -20,6 +20,7 @@ from fastsft.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+WARMUP_RATIO, DECAY_RATIO = 0.03, 0.2
 SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*GB$", re.IGNORECASE)
 
 
@@ -89,10 +90,10 @@ class Config(_Strict):
     max_steps: Positive | None = None
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_ratio: Share = 0.03
+    warmup_ratio: Share = WARMUP_RATIO
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     min_lr_ratio: Share = 0.0
-    decay_ratio: Share = 0.2
+    decay_ratio: Share = DECAY_RATIO
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
@@ -157,8 +158,7 @@ class Config(_Strict):
             if (getattr(self, a) is None) == (getattr(self, b) is None):
                 raise ValueError(f"exactly one of {a} and {b} must be set")
         if {"warmup_ratio", "warmup_steps"} <= self.model_fields_set and (
-            self.warmup_steps is not None
-            and self.warmup_ratio != Config.model_fields["warmup_ratio"].default
+            self.warmup_steps is not None and self.warmup_ratio != WARMUP_RATIO
         ):
             raise ValueError("give warmup_ratio or warmup_steps, not both")
         if not self.data:
@@ -179,6 +179,12 @@ class Config(_Strict):
             )
         if self.early_stopping_patience and not self.eval_data and not self.val_size:
             raise ValueError("early_stopping_patience needs eval_data or val_size")
+        if self.lr_scheduler == "constant" and self.min_lr_ratio:
+            raise ValueError("min_lr_ratio: a constant learning rate never falls; leave it out")
+        if self.lr_scheduler != "wsd" and self.decay_ratio != DECAY_RATIO:
+            raise ValueError(f"decay_ratio belongs to lr_scheduler: wsd, not {self.lr_scheduler}")
+        if self.method == "full" and self.lora != LoraConfig():
+            raise ValueError("lora settings have no meaning with method: full; leave them out")
         if self.method == "full" and self.adapter:
             raise ValueError(
                 "adapter belongs to method lora or qlora; merge it first to train in full"

@@ -89,17 +89,14 @@ def why_no_gpu(facts: Facts) -> str | None:
     found = f"this machine has {facts.gpus[0]}, but torch {facts.torch_version} cannot use it: "
     on_cpu = ' To train on the CPU all the same, set CUDA_VISIBLE_DEVICES="".'
     if facts.torch_cuda is None:
-        cause = (
-            "it is a build without CUDA. Install one with it: "
-            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
-        )
+        cause = "it is a build without CUDA. Install one with it, as pytorch.org/get-started says"
         return f"{found}{cause}.{on_cpu}"
     needed = OLDEST_DRIVER.get(int(facts.torch_cuda.split(".")[0]), 0)
     if facts.driver and int(facts.driver.split(".")[0]) < needed:
         cause = (
             f"the driver {facts.driver} is too old for its CUDA {facts.torch_cuda}, which needs "
-            f"{needed} or newer. Update the driver, or install a torch for an older CUDA: "
-            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
+            f"{needed} or newer. Update the driver, or install a torch for an older CUDA, as "
+            "pytorch.org/get-started says"
         )
         return f"{found}{cause}.{on_cpu}"
     if not facts.device_files:

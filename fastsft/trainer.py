@@ -10,6 +10,7 @@ optimizer's moments, the step, and the position in a stream.
 from __future__ import annotations
 
 import json
+import random
 import signal
 import threading
 import time
@@ -134,7 +135,11 @@ def set_up(
     stem: str,
 ) -> Run:
     """From a checked config to a run that can take its first step."""
-    intake = take_in(settle(config, checkpoint), console.rich)
+    config = settle(config, checkpoint)
+    if checkpoint:
+        _refuse_changes(config, checkpoint)
+    seed_everything(config.seed)
+    intake = take_in(config, console.rich)
     config, data = intake.config, intake.data
     data.report.render(console.rich)
     stored = data.train if isinstance(data, Prepared) else None
@@ -155,7 +160,7 @@ def set_up(
         for path in set_aside_later(folder, checkpoint.step):
             console.warn(f"a checkpoint from after step {checkpoint.step} was set aside as {path}")
     remove_left_overs(folder)
-    course, optimizer = _course(config, built, data, checkpoint)
+    course, optimizer = _course(config, folder, built, data, checkpoint)
     folder.joinpath("config.yaml").write_text(_repeatable(config, stem).to_yaml(), encoding="utf-8")
     report = json.dumps(data.report.to_json(), indent=2, ensure_ascii=False)
     folder.joinpath("data_report.json").write_text(report + "\n", encoding="utf-8")
@@ -184,13 +189,32 @@ def settle(config: Config, checkpoint: Checkpoint | None) -> Config:
     return config.model_copy(update={"learning_rate": peak_learning_rate(config)})
 
 
+def _refuse_changes(config: Config, checkpoint: Checkpoint) -> None:
+    """Before anything is loaded; what only the model can settle is looked at again afterwards."""
+    old = checkpoint.state["config"]
+    later = {"max_length"} | ({"lora"} if config.adapter else set())
+    unsettled = {key: old[key] for key in later - config.model_fields_set}
+    check_resume_config(old, {**config.model_dump(), **unsettled})
+
+
+def seed_everything(seed: int) -> None:
+    """Nothing of ours draws from these generators; a model's own code may."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def _repeatable(config: Config, stem: str) -> Config:
     """The config as it is written down: run again, it repeats the run in a new folder."""
     return config.model_copy(update={"output_dir": "auto", "resume": None, "run_name": stem})
 
 
 def _course(
-    config: Config, built: Built, data: Prepared | Streamed, checkpoint: Checkpoint | None
+    config: Config,
+    folder: Path,
+    built: Built,
+    data: Prepared | Streamed,
+    checkpoint: Checkpoint | None,
 ) -> tuple[Course, torch.optim.Optimizer]:
     """Plan the steps; restore position, moments and random state from a checkpoint."""
     total = config.max_steps if isinstance(data, Streamed) else len(step_bounds(config, data)) - 1
@@ -199,7 +223,7 @@ def _course(
     if checkpoint is None:
         return Course(total_steps=total), optimizer
     course = Course(**{**checkpoint.state["course"], "total_steps": total})
-    if course.step >= total:
+    if course.step > total or (course.step == total and _finished(folder, total)):
         raise UserError(
             f"resume: the run is at step {course.step} and {total} steps were asked for; nothing is left "
             "to train. Raise epochs or max_steps to train on"
@@ -210,6 +234,12 @@ def _course(
     if isinstance(data, Streamed):
         data.stream.restore(course.cursor["stream"])
     return course, optimizer
+
+
+def _finished(folder: Path, steps: int) -> bool:
+    """Whether the run in `folder` left its product: a kill may come between the last step and that."""
+    summary = folder / "summary.json"
+    return summary.exists() and json.loads(summary.read_text(encoding="utf-8"))["steps"] == steps
 
 
 def example_order(config: Config, data: Prepared) -> ExampleOrder:
@@ -304,22 +334,26 @@ def loop(run: Run, stop: threading.Event) -> bool:
     if course.step == 0:
         _samples(run, "before training")
         _evaluate(run, 0)
+    elif _out_of_patience(run):  # killed before the product of a run stopped early
+        return False
     run.console.start(course.total_steps, course.step)
     run.meter.start()
     with Ahead(lambda: _steps(run)) as steps:
         for step in steps:
             _step(run, step)
+            stopping = stop.is_set()  # read once: a signal from here on ends the next step
             last = step.index == course.total_steps
             evaluate = last or step.index % config.eval_steps == 0
-            save = last or step.index == 1 or step.index % config.save_steps == 0 or stop.is_set()
+            save = stopping or last or step.index == 1 or step.index % config.save_steps == 0
             _report(run, wait=evaluate or save)
             if evaluate or save:
                 with run.meter.paused():
                     better = evaluate and _evaluate(run, step.index)
-                    if save or better:
+                    enough = evaluate and _out_of_patience(run)
+                    if save or better or enough:
                         _save(run)
-            if stop.is_set() or _out_of_patience(run):
-                return stop.is_set() and not last
+                if stopping or enough:
+                    return stopping and not last
     return False
 
 

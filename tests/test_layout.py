@@ -45,7 +45,8 @@ def imports_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            yield node.module
+            inner = [f"fastsft.{alias.name}" for alias in node.names]
+            yield from inner if node.module == "fastsft" else [node.module]
 
 
 def test_kernels_is_not_a_package():

@@ -24,8 +24,8 @@ import numpy as np
 import tiktoken
 from tokenizers import Tokenizer as Backend
 
-# The published patterns, with possessive quantifiers where no shorter match can succeed instead:
-# the same pieces at a third less time.
+# The published patterns, with possessive quantifiers where no shorter match could succeed: the same
+# pieces with less to backtrack over.
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"
 # `Digits` before `ByteLevel` cuts the text first, so blanks before a digit end their piece.
 _DIGITS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s+(?![^\s\p{N}])|\s+)"

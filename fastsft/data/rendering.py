@@ -172,5 +172,6 @@ class Template:
         return Rendered("".join(parts), spans)
 
     def fingerprint(self) -> str:
-        facts = [self.name, self.source, self.date, self._constants, self.stop]
+        date = self.date if "strftime_now" in self.source else ""  # most templates print none
+        facts = [self.name, self.source, date, self._constants, self.stop]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

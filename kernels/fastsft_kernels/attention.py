@@ -69,9 +69,7 @@ def varlen_attention(
     )
 
 
-def _check(
-    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
-) -> None:
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
     check_float(op, "q", q)
     check_like(op, "k", k, "q", q)
     check_like(op, "v", v, "q", q)

@@ -79,15 +79,15 @@ def _check(
     n, k = weight.shape
     if x.ndim == 0 or x.shape[-1] != k:
         raise bad(op, f"x must end in K = {k}, weight being {[n, k]}", describe(x), "Check both.")
-    if isinstance(weight, Tensor):
-        check_device(op, "weight", weight, "x", x)
-        if weight.dtype != x.dtype and compute_dtype(x) == x.dtype:
-            raise bad(
-                op,
-                f"weight must have x's dtype ({x.dtype}) outside autocast",
-                describe(weight),
-                "Convert one of them.",
-            )
+    check_device(op, "weight", weight if isinstance(weight, Tensor) else weight.packed, "x", x)
+    dense = isinstance(weight, Tensor)
+    if dense and weight.dtype != x.dtype and compute_dtype(x) == x.dtype:
+        raise bad(
+            op,
+            f"weight must have x's dtype ({x.dtype}) outside autocast",
+            describe(weight),
+            "Convert one of them.",
+        )
     if (lora_a is None) != (lora_b is None):
         raise bad(op, "lora_a and lora_b come together", "one of them None", "Pass both or none.")
     if lora_a is not None and lora_b is not None:

@@ -227,7 +227,10 @@ def _read_facts(state: Mapping[str, Tensor], key: str) -> dict:
 def _tensor(state: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in state:
         raise bad(
-            "NF4Weight", f"{name} is missing", "none", "The checkpoint is not whole; fetch it again."
+            "NF4Weight",
+            f"{name} is missing",
+            "none",
+            "The checkpoint is not whole; fetch it again.",
         )
     return state[name]
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastsft.config import DataSource
+from fastsft.data import tables, textfiles
 from fastsft.data.rows import BadRow, Conversation
 from fastsft.data.sources import Source, open_source
 from fastsft.errors import UserError
@@ -99,7 +100,8 @@ def container(request, tmp_path) -> Path:
 
 def test_every_container_gives_the_same_rows_from_any_start(container, monkeypatch):
     # Small blocks, so that rows, characters and elements lie across their ends.
-    monkeypatch.setattr("fastsft.data.textfiles.BLOCK", 997)
+    monkeypatch.setattr(tables, "BLOCK", 997)
+    monkeypatch.setattr(textfiles, "BLOCK", 997)
     source = pickle.loads(pickle.dumps(opened(container)))
     assert source.verdict.startswith("text: columns text (not used: id)")
     rows = parsed(source)
@@ -161,7 +163,7 @@ def test_chunks_are_small_whatever_the_batches_are(tmp_path):
 
 
 def test_a_row_group_is_not_held_whole(tmp_path):
-    rows = [{"text": os.urandom(5000).hex()} for _ in range(2400)]
+    rows = [{"text": os.urandom(500).hex()} for _ in range(24_000)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=len(rows))
     before = pa.total_allocated_bytes()
     held = [pa.total_allocated_bytes() - before for _ in opened(tmp_path / "a.parquet").chunks()]

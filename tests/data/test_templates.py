@@ -252,7 +252,9 @@ def test_the_sandbox_renders_as_transformers_does(tmp_path):
     {% endfor %}
     {# a comment #}
     {{ state.n }} {{ bos_token }}{{ eos_token }}{{ pad_token }} {{ documents is none }} {{ tools | length }}
-    {% for key, value in tools[0].function | items %}{{ key }}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}
+    {% for key, value in tools[0].function | items %}
+        {{ key }}{% if loop.index == 2 %}{% break %}{% endif %}
+    {% endfor %}
 
 """
     tokenizer = chat_tokenizer(tmp_path, template=source, bos_token="<s>")

@@ -26,7 +26,9 @@ def oracle(q, k, v, lengths, *, causal=True, window=None, softcap=None, scale=No
     i = torch.arange(len(document))
     allowed = document[:, None] == document[None, :]
     if causal:
-        rule = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+        rule = (
+            causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+        )
         zero = torch.zeros((), dtype=torch.long)
         pairs = torch.func.vmap(torch.func.vmap(rule, (None, None, None, 0)), (None, None, 0, None))
         allowed = allowed & pairs(zero, zero, i, i)

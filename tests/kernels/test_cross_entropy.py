@@ -111,7 +111,9 @@ def test_soft_capped_scaled_head_is_transformers():
 def test_frozen_weight_and_evaluation_compute_no_gradient(monkeypatch):
     hidden, weight, labels = case()
     shapes = []
-    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t)
+    keep = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: shapes.append(t.shape) or t, lambda t: t
+    )
     with keep:
         loss = linear_cross_entropy(hidden, weight.detach(), labels)
     assert (V, H) not in shapes
@@ -147,7 +149,9 @@ def test_nothing_to_train(tokens):
     hidden = torch.randn(tokens, H).requires_grad_()
     weight = torch.randn(V, H).requires_grad_()
     labels = torch.full((tokens,), -100)
-    loss, correct = linear_cross_entropy(hidden, weight, labels, reduction="sum", return_correct=True)
+    loss, correct = linear_cross_entropy(
+        hidden, weight, labels, reduction="sum", return_correct=True
+    )
     assert loss == 0 and correct == 0
     loss.backward()
     assert (hidden.grad == 0).all() and (weight.grad == 0).all()

@@ -68,7 +68,9 @@ def test_statistics(p):
     assert ((mask.mean(1) - rate).abs() <= five_sigma / columns**0.5).all()
 
 
-@pytest.mark.parametrize("change", [{"seed": 8}, {"step": 1}, {"module": 1}, {"rows": torch.arange(1000) + 1000}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 8}, {"step": 1}, {"module": 1}, {"rows": torch.arange(1000) + 1000}]
+)
 def test_every_part_of_the_key_counts(change):
     key = DropoutKey(7, 0, 0, torch.arange(1000))
     one, two = (lora_dropout_mask(k, 64, 0.5).double() - 0.5 for k in (key, key._replace(**change)))

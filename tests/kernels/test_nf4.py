@@ -165,7 +165,9 @@ def test_size_and_zero_blocks():
 
 
 def test_damaged_checkpoints_say_so():
-    packed, state = bnb.quantize_4bit(torch.randn(64, 64), compress_statistics=True, quant_type="nf4")
+    packed, state = bnb.quantize_4bit(
+        torch.randn(64, 64), compress_statistics=True, quant_type="nf4"
+    )
     good = bnb_state(packed, state)
     cases = [
         ({k: v for k, v in good.items() if "bitsandbytes__nf4" not in k}, "no NF4 weight called"),

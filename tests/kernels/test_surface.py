@@ -39,7 +39,11 @@ print(len(sys.argv) - 1)
 
 
 def test_every_module_imports_with_torch_alone():
-    names = [m.name for m in pkgutil.walk_packages([str(KERNELS)]) if m.name.startswith("fastsft_kernels")]
+    names = [
+        m.name
+        for m in pkgutil.walk_packages([str(KERNELS)])
+        if m.name.startswith("fastsft_kernels")
+    ]
     assert "fastsft_kernels.lora" in names
     done = subprocess.run(
         [sys.executable, "-c", BLOCKER, *names], capture_output=True, text=True, cwd=KERNELS
@@ -51,7 +55,9 @@ def test_every_module_imports_with_torch_alone():
 def test_reference_has_the_same_signature(name):
     public = inspect.signature(getattr(fk, name)).parameters
     ours = inspect.signature(getattr(reference, name)).parameters
-    assert [str(p) for p in public.values() if p.name != "backend"] == [str(p) for p in ours.values()]
+    assert [str(p) for p in public.values() if p.name != "backend"] == [
+        str(p) for p in ours.values()
+    ]
     assert public["backend"].kind is inspect.Parameter.KEYWORD_ONLY
     assert public["backend"].default is None
 
@@ -110,8 +116,18 @@ BAD = [
     (fk.varlen_attention, (HEADS, HEADS, HEADS, cu(1, 4), 4), {}, "rise from 0 to T = 4"),
     (fk.varlen_attention, (HEADS, HEADS, HEADS, CU, 3), {}, "max_seqlen is shorter.*got 3"),
     (fk.varlen_attention, (HEADS, HEADS, HEADS, CU, 4), {"window": 0}, "window must be"),
-    (fk.varlen_attention, (HEADS, HEADS, HEADS, CU, 4), {"window": 2, "causal": False}, "window must be"),
-    (fk.varlen_attention, (HEADS, HEADS, HEADS, CU, 4), {"softcap": 0.0}, "softcap must be positive"),
+    (
+        fk.varlen_attention,
+        (HEADS, HEADS, HEADS, CU, 4),
+        {"window": 2, "causal": False},
+        "window must be",
+    ),
+    (
+        fk.varlen_attention,
+        (HEADS, HEADS, HEADS, CU, 4),
+        {"softcap": 0.0},
+        "softcap must be positive",
+    ),
     (fk.varlen_attention, (HEADS, torch.randn(4, 3, 8), HEADS, CU, 4), {}, "Hq a multiple of Hkv"),
     (fk.cross_entropy, (X, LABELS[:2]), {}, r"labels must be \[T\] = \[4\]"),
     (fk.cross_entropy, (X, LABELS.int()), {}, "labels must be int64"),
@@ -120,7 +136,12 @@ BAD = [
     (fk.linear_cross_entropy, (X, A[:, :3], LABELS), {}, r"hidden must be \[T, H\] and weight"),
     (fk.linear_cross_entropy, (X, W.double(), LABELS), {}, "weight must have hidden's dtype"),
     (fk.linear_cross_entropy, (X, W, LABELS), {"chunk_rows": 0}, "chunk_rows must be at least 1"),
-    (fk.linear_cross_entropy, (X, W, LABELS), {"rows": torch.tensor([3])}, "got -100 to -100.*leave them out"),
+    (
+        fk.linear_cross_entropy,
+        (X, W, LABELS),
+        {"rows": torch.tensor([3])},
+        "got -100 to -100.*leave them out",
+    ),
     (fk.linear_cross_entropy, (X, W, LABELS), {"rows": LABELS == 0}, "rows must be int64"),
     (fk.linear_cross_entropy, (X, W, LABELS), {"softcap": -1.0}, "softcap must be positive"),
     (fk.nf4_quantize, (X[0],), {}, r"weight must be a matrix \[N, K\]"),
@@ -135,13 +156,20 @@ BAD = [
     (fk.lora_linear, (X, W, A, B.t(), 1.0), {}, r"lora_b must be \[N, R\] = \[6, 2\]"),
     (fk.lora_linear, (X, W, A[:, :3], B, 1.0), {}, r"lora_a must be \[R, K\] = \[2, 8\]"),
     (fk.lora_linear, (X, W, A, B, 1.0), {"dropout_p": 1.0}, "dropout_p must be in"),
-    (fk.lora_linear, (X, W, A, B, 1.0), {"dropout_key": KEY}, r"one int64 row key per token, \[4\]"),
+    (
+        fk.lora_linear,
+        (X, W, A, B, 1.0),
+        {"dropout_key": KEY},
+        r"one int64 row key per token, \[4\]",
+    ),
     (fk.lora_linear, (X, W, A, B, 1.0), {"bias": X[0]}, r"bias must be \[N\] = \[6\]"),
     (fk.lora_dropout_mask, (KEY._replace(seed=-1), 8, 0.5), {}, "seed must be in"),
 ]
 
 
-@pytest.mark.parametrize("op,args,kwargs,message", BAD, ids=[f"{c[0].__name__}-{c[3][:24]}" for c in BAD])
+@pytest.mark.parametrize(
+    "op,args,kwargs,message", BAD, ids=[f"{c[0].__name__}-{c[3][:24]}" for c in BAD]
+)
 def test_bad_arguments_say_what_got_and_do_this(op, args, kwargs, message):
     with pytest.raises(ValueError, match=message) as caught:
         op(*args, **kwargs)

@@ -19,7 +19,7 @@ from fastsft.metrics import read_metrics
 from fastsft.trainer import Result
 
 SEED_DATA = Path(__file__).parents[1] / "data" / "seed"
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 1024}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 2048}
 CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes", "mfu"}  # differ between equal runs
 WORDS = "hello there what is this world a line of tea and one more word for the road".split()
 

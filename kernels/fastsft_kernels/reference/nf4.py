@@ -29,9 +29,7 @@ def nf4_quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = T
         code2 = dynamic_code().to(weight.device)
         absmax, absmax2 = _quantize_blocks(absmax - offset, code2, NESTED_BLOCK_SIZE)
     shape = (weight.shape[0], weight.shape[1])
-    return NF4Weight(
-        packed, absmax, absmax2, offset, code, code2, shape, weight.dtype, block_size
-    )
+    return NF4Weight(packed, absmax, absmax2, offset, code, code2, shape, weight.dtype, block_size)
 
 
 def _quantize_blocks(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -50,9 +48,8 @@ def _quantize_blocks(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, 
         absmax[first : first + scale.numel()] = scale
         # Times the reciprocal, not divided: bitsandbytes rounds there, and ties depend on it.
         scaled = blocks * (1.0 / scale.clamp(min=1e-38))[:, None]
-        indices[start : start + length] = torch.bucketize(
-            scaled.clamp_(-1.0, 1.0), bounds, out_int32=True
-        ).flatten()[:length].to(torch.uint8)
+        nearest = torch.bucketize(scaled.clamp_(-1.0, 1.0), bounds, out_int32=True)
+        indices[start : start + length] = nearest.flatten()[:length]
     return indices, absmax
 
 
@@ -75,13 +72,9 @@ def nf4_dequantize(
         values = pairs.index_select(0, packed.int()).view(torch.float32)[: stop - start]
         scale = absmax[start // nf4.block_size : -(-stop // nf4.block_size)]
         whole = values.numel() // nf4.block_size
-        head = values[: whole * nf4.block_size].view(whole, nf4.block_size)
-        torch.mul(
-            head,
-            scale[:whole, None],
-            out=head,
-        )
-        if whole < scale.numel():
+        blocks = values[: whole * nf4.block_size].view(whole, nf4.block_size)
+        blocks.mul_(scale[:whole, None])
+        if whole < scale.numel():  # the last block, cut short
             values[whole * nf4.block_size :].mul_(scale[-1])
         flat[start:stop] = values
     if out is None:
