@@ -269,7 +269,7 @@ PEERS_NAMES = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 2e-4 is a number and a repeated key is an error."""
+    """YAML 1.1 as PyYAML reads it; but 2e-4 is a number, 2026-01-31 is text, a repeated key an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -283,6 +283,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -322,10 +326,12 @@ def _unknown_key(path: str, known: list[str]) -> str:
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     parent = next((part for part in location[:-1] if isinstance(part, str)), None)
-    model: type[BaseModel] = {"lora": LoraConfig, "data": DataSource, "eval_data": DataSource}.get(
-        parent or "", Config
-    )
-    return list(model.model_fields)
+    models: dict[str, type[BaseModel]] = {
+        "lora": LoraConfig,
+        "data": DataSource,
+        "eval_data": DataSource,
+    }
+    return list(models.get(parent or "", Config).model_fields)
 
 
 def _explain(error: ValidationError, where: str) -> UserError:

@@ -44,7 +44,7 @@ def take_in(
     folder = model_folder or resolve_model(config.model, config.revision)
     config = fit_length(config, folder)
     tokenizer = Tokenizer.load(resolve_model(config.tokenizer) if config.tokenizer else folder)
-    template = find_template(config, tokenizer)
+    template, why_none = find_template(config, tokenizer)
     encoder = Encoder(
         tokenizer,
         template,
@@ -52,25 +52,29 @@ def take_in(
         multi_turn=config.multi_turn,
         max_length=config.max_length,
         overlong=config.overlong,
+        no_template=why_none,
     )
     make = prepare_stream if config.streaming else prepare
     data = make(config, tokenizer, encoder, console, examples=examples)
     return Intake(config, tokenizer, template, data)
 
 
-def find_template(config: Config, tokenizer: Tokenizer) -> Template | None:
-    """The config's template; None where all data is text or prompt and completion, and none was asked for."""
-    plain = all(source.format in ("text", "completion") for source in config.data)
-    if config.chat_template == "auto" and tokenizer.chat_template is None and plain:
-        return None
-    return resolve_template(
-        config.chat_template,
-        tokenizer,
-        kwargs=config.chat_template_kwargs,
-        date=config.date,
-        extra_stop=extra_stops(config),
-        new_tokens=config.new_tokens,
-    )
+def find_template(config: Config, tokenizer: Tokenizer) -> tuple[Template | None, str]:
+    """The config's template, or None and why: a base model may train on plain text without one."""
+    try:
+        template = resolve_template(
+            config.chat_template,
+            tokenizer,
+            kwargs=config.chat_template_kwargs,
+            date=config.date,
+            extra_stop=extra_stops(config),
+            new_tokens=config.new_tokens,
+        )
+    except UserError as error:
+        if config.chat_template != "auto" or tokenizer.chat_template is not None:
+            raise
+        return None, str(error)
+    return template, ""
 
 
 def fit_length(config: Config, folder: Path) -> Config:

@@ -300,7 +300,7 @@ def _say(run: Run) -> None:
             parameters=total,
             rows=len(stored) if stored is not None else None,
             tokens=int(stored.lengths.sum()) if stored is not None else None,
-            trained_tokens=int(stored.trained.sum()) if stored is not None else None,
+            trained_tokens=int(stored.targets.sum()) if stored is not None else None,
             total_steps=course.total_steps,
             first_step=course.step,
             batch=f"{examples} a step, micro-batches of up to {built.micro_batch_tokens:,} tokens",

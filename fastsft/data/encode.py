@@ -60,8 +60,9 @@ class Encoder:
         multi_turn: MultiTurn = "auto",
         max_length: int | None = None,
         overlong: Overlong = "auto",
+        no_template: str = "there is no chat template",
     ) -> None:
-        """template: None where no row is a conversation. max_length: tokens of a sequence, or no limit."""
+        """template: None where no row is a conversation; no_template: why, for one all the same. max_length: tokens of a sequence, or no limit."""
         if train_on == "all" and multi_turn == "per_turn":
             raise UserError(
                 "multi_turn: per_turn with train_on: all would train every prompt once per turn. "
@@ -70,6 +71,7 @@ class Encoder:
         self.tokenizer, self.template = tokenizer, template
         self.train_on, self.multi_turn = train_on, multi_turn
         self.max_length, self.overlong = max_length, overlong
+        self.no_template = no_template
         self._planner = None
         if template:
             self._planner = Planner(tokenizer, template, train_on=train_on, multi_turn=multi_turn)
@@ -104,7 +106,7 @@ class Encoder:
     def _plan(self, row: Conversation) -> Plan | BadRow:
         if row.kind == "chat":
             if self._planner is None:
-                raise UserError(f"{row.where}: a conversation, but there is no chat template")
+                raise UserError(f"{row.where} is a conversation, but {self.no_template}")
             return self._planner.plan(row)
         text = row.text if row.kind == "text" else row.prompt + row.completion
         start = len(row.prompt) if row.kind == "completion" and self.train_on != "all" else 0

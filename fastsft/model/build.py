@@ -81,7 +81,8 @@ class Built:
     def matmul_weights(self) -> tuple[int, int]:
         """(frozen, trained) weights that take part in matrix products: all but an untied embedding."""
         trained, total = self.counts()
-        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        model: Any = self.model
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         tied = head is not None and embedding.weight is head.weight
         outside = 0 if tied else embedding.weight.numel()
         if self.adapters is None:

@@ -34,7 +34,7 @@ from fastsft.errors import UserError
 from fastsft.model import attention, probes
 from fastsft.model.context import StepContext
 from fastsft.model.lora import LoraLinear
-from fastsft.model.targets import unreached_weights
+from fastsft.model.targets import embedding_weight, unreached_weights
 
 
 class LossOutput(NamedTuple):
@@ -65,6 +65,7 @@ class CompatEngine:
         self.context = context
         self.autocast = autocast
         self.notes: list[str] = []
+        self._precision = autocast or embedding_weight(model).dtype
         self._base_arguments = inspect.signature(model.base_model.forward).parameters
         self._arguments = inspect.signature(model.forward).parameters
         self._packed_limit = _rope_limit(model)
@@ -222,7 +223,9 @@ class CompatEngine:
         before = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)
         try:
-            reason = probes.leak_between(self._probe_pack, alone, [first, second], other)
+            reason = probes.leak_between(
+                self._probe_pack, alone, [first, second], other, self._precision
+            )
         except attention.CannotPack as error:
             reason = str(error)
         self.context.restore(StepContext(seed=self.context.seed, step=self.context.step))
@@ -240,7 +243,8 @@ class CompatEngine:
 
     def _probe_head(self) -> probes.Head:
         with attention.plain_attention(self.model):
-            head = probes.checked_head(self.model, self._hidden, self._options(self._arguments))
+            options = self._options(self._arguments)
+            head = probes.checked_head(self.model, self._hidden, options, self._precision)
         if head.own:
             self.notes.append(f"loss: from the model's own logits, because {head.reason}")
         return head

@@ -90,44 +90,28 @@ def load_model(
     Raises UserError for a checkpoint that is not whole, has other tensors than the model, is quantised in
     another way, or needs code that `trust_remote_code` does not allow.
     """
-    from transformers import AutoModelForCausalLM
-
     prequantized = is_prequantized(folder)
     if prequantized and not quantize:
         raise UserError(
             f"model: {folder} is quantised to 4 bits already; use method: qlora, or the original checkpoint"
         )
     check_weights(folder)
-    config = _config(folder, trust_remote_code)
     device = torch.device(device)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {
+        "config": _config(folder, trust_remote_code),
+        "trust_remote_code": trust_remote_code,
+        "dtype": "auto" if dtype is None else dtype,
+        "attn_implementation": attn_implementation,
+    }
     if quantize:
-        from fastsft.model import quantizer
+        from fastsft.model.quantizer import METHOD, NF4Config
 
-        if prequantized:
-            config.quantization_config = {
-                "quant_method": quantizer.METHOD,
-                "device": device,
-                "progress": progress,
-            }
+        how = {"quant_method": METHOD, "device": device, "progress": progress}
+        if prequantized:  # transformers takes what the file says over what it is told
+            options["config"].quantization_config = how
         else:
-            options["quantization_config"] = quantizer.NF4Config(device, progress)
-    with _quiet_transformers():
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype="auto" if dtype is None else dtype,
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, with names
-                **options,
-            )
-        except (ValueError, ImportError) as error:
-            raise UserError(f"model: transformers cannot load {folder}: {error}") from error
-    model, found = loaded
+            options["quantization_config"] = NF4Config(**how)
+    model, found = _from_pretrained(folder, options)
     problems: list[str] = []
     if quantize:
         problems = model.hf_quantizer.problems
@@ -139,6 +123,24 @@ def load_model(
         model.hf_quantizer.forget(model)
     _refuse_differences(folder, found, problems)
     return model.to(device)
+
+
+def _from_pretrained(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """transformers' model and what it found different between the files and the model."""
+    from transformers import AutoModelForCausalLM
+
+    with _quiet_transformers():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused here, with their names
+                **options,
+            )
+        except (ValueError, ImportError) as error:
+            raise UserError(f"model: transformers cannot load {folder}: {error}") from error
+    return loaded
 
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:

@@ -19,7 +19,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from fastsft_kernels import DropoutKey, NF4Weight, lora_linear
@@ -157,18 +157,6 @@ class LoraSet:
         if self.tokens is not None:
             for name, rows in self.tokens.rows.items():
                 yield f"{name}.token_rows", rows
-
-    def config_fields(self) -> dict[str, Any]:
-        """The `lora` section of a config that describes these adapters."""
-        settings = self.settings
-        return {
-            "r": settings.r,
-            "alpha": settings.alpha,
-            "dropout": settings.dropout,
-            "target_modules": self.target,
-            "use_rslora": settings.use_rslora,
-            "modules_to_save": sorted(self.saved),
-        }
 
     def save(self, folder: Path, base_name: str, revision: str | None = None) -> None:
         """Write adapter_config.json and adapter_model.safetensors as PEFT reads them."""

@@ -61,15 +61,17 @@ def leak_between(
     alone: list[Tensor],
     documents: list[Tensor],
     other: Tensor,
+    dtype: torch.dtype,
 ) -> str:
     """Empty where packing isolates; else what was seen. `other` takes the first document's place once.
 
-    `packed(documents) -> hidden [T, H]`; `alone[i]` are the hidden states of documents[i] by itself.
+    `packed(documents) -> hidden [T, H]`; `alone[i]` are the hidden states of documents[i] by itself;
+    `dtype`: what products run in, which under autocast is not what hidden states have.
     """
     cut = len(documents[0])
     both = packed(documents)
     changed = packed([other, documents[1]])
-    leak_limit, limit = tolerances(both.dtype)
+    leak_limit, limit = tolerances(dtype)
     leak = difference(changed[cut:], both[cut:])
     if leak > leak_limit:
         return f"a document's hidden states change by {leak:.1%} with the tokens of the document before it"
@@ -100,7 +102,10 @@ def declared_head(model: PreTrainedModel) -> Head:
 
 
 def checked_head(
-    model: PreTrainedModel, hidden: Callable[[Tensor], Tensor], options: dict[str, Any]
+    model: PreTrainedModel,
+    hidden: Callable[[Tensor], Tensor],
+    options: dict[str, Any],
+    dtype: torch.dtype,
 ) -> Head:
     """The declared head if it reproduces the model's logits on a few tokens; else the model's own."""
     head = declared_head(model)
@@ -113,7 +118,7 @@ def checked_head(
     if head.softcap is not None:
         ours = head.softcap * torch.tanh(ours / head.softcap)
     apart = difference(ours, expected)
-    if apart > tolerances(ours.dtype)[1]:
+    if apart > tolerances(dtype)[1]:
         return Head(
             own=True, reason=f"hidden states times the head's weight miss the logits by {apart:.1%}"
         )

@@ -80,12 +80,12 @@ def _check(
     if x.ndim == 0 or x.shape[-1] != k:
         raise bad(op, f"x must end in K = {k}, weight being {[n, k]}", describe(x), "Check both.")
     check_device(op, "weight", weight if isinstance(weight, Tensor) else weight.packed, "x", x)
-    dense = isinstance(weight, Tensor)
-    if dense and weight.dtype != x.dtype and compute_dtype(x) == x.dtype:
+    mixed = isinstance(weight, Tensor) and weight.dtype != x.dtype
+    if mixed and compute_dtype(x) == x.dtype:
         raise bad(
             op,
             f"weight must have x's dtype ({x.dtype}) outside autocast",
-            describe(weight),
+            weight.dtype,
             "Convert one of them.",
         )
     if (lora_a is None) != (lora_b is None):

@@ -23,6 +23,7 @@ from fastsft.data.sources import Source, open_source
 from fastsft.errors import UserError
 
 SEED = Path(__file__).parent / "seed"
+HUB = Path(__file__).parent / "loopback_hub.py"
 TEXTS = [f'Text {n} with ünïcödé, "quotes",\nand a line break' for n in range(2500)]
 ROWS = [{"text": text, "id": n} for n, text in enumerate(TEXTS)]
 
@@ -499,91 +500,12 @@ def test_folders(tmp_path, monkeypatch):
     assert "no split 'train'" in refusal(tmp_path / "dict")
 
 
-# A hub that knows one data set, in a process of its own: HF_ENDPOINT is read when huggingface_hub
-# is imported. Prints what the reader found, plain and streamed, and how the server was asked.
-HUB = """
-import json, os, pickle, sys, threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-SHA = "0123456789abcdef0123456789abcdef01234567"
-calls = [{"function": {"name": "f", "arguments": {"a": 1}}}]
-call = {"role": "assistant", "content": None, "tool_calls": calls}
-plain = {"role": "assistant", "content": "a"}
-rows = [
-    {"messages": [{"role": "user", "content": f"q{n}"}, call if n % 2 else plain]} for n in range(5)
-]
-DATA = "".join(json.dumps(row) + "\\n" for row in rows).encode()
-seen = []
-
-class Hub(BaseHTTPRequestHandler):
-    def reply(self, body, status=200, **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-    def do_GET(self):
-        seen.append((self.path, self.headers.get("Authorization")))
-        path = self.path.partition("?")[0].replace("%40", "@")
-        file = {"type": "file", "oid": "ab" * 20, "size": len(DATA), "path": "train.jsonl"}
-        known = path.startswith(("/api/datasets/team/chat", "/datasets/team/chat/resolve"))
-        if known and "/tree/" in path:
-            ok = path.endswith(("/tree/main", "/tree/" + SHA))
-            if ok:
-                return self.reply(json.dumps([file]).encode())
-            return self.reply(b"{}", 404, X_Error_Code="EntryNotFound")
-        if known and "/paths-info/" in path:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            return self.reply(b"[]")
-        if known and path.startswith("/api/"):
-            info = {"id": "team/chat", "sha": SHA, "private": False, "gated": False, "tags": []}
-            info |= {"downloads": 0, "likes": 0, "siblings": [{"rfilename": "train.jsonl"}]}
-            return self.reply(json.dumps(info).encode())
-        if known and path.endswith("/train.jsonl"):
-            return self.reply(DATA, ETag='"abc"', X_Repo_Commit=SHA)
-        code = "EntryNotFound" if known else "RepoNotFound"
-        self.reply(b"{}", 404, X_Error_Code=code)
-    do_HEAD = do_POST = do_GET
-    def log_message(self, *args): pass
-
-server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-os.environ["HF_TOKEN"] = "hf_secret"
-
-from fastsft.config import DataSource
-from fastsft.data.sources import open_source
-from fastsft.errors import UserError
-
-out = {}
-for streaming in (False, True):
-    source = open_source(DataSource(path="team/chat"), system=None, streaming=streaming)
-    worker = pickle.loads(pickle.dumps(source))
-    out[str(streaming)] = [
-        source.verdict,
-        source.fingerprint(),
-        [[row.where, row.messages] for chunk in source.chunks() for row in worker.parse(chunk)],
-        [row.where for chunk in source.chunks(3) for row in worker.parse(chunk)],
-    ]
-for path, split in (("team/none", None), ("team/chat", "nothing")):
-    try:
-        open_source(DataSource(path=path, split=split), system=None)
-    except UserError as error:
-        out[f"{path} {split}"] = str(error)
-out["tokens"] = sorted({token for _, token in seen if token})
-out["asked"] = len(seen)
-print(json.dumps(out))
-"""
-
-
 def test_hub_ids(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
     run = subprocess.run(
-        [sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, str(HUB)], env=environment, capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr
     out = json.loads(run.stdout.splitlines()[-1])

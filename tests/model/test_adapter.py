@@ -308,7 +308,7 @@ def test_settings_given_must_be_the_adapters(folder: Path) -> None:
         return load_adapter(folder, tiny("llama"), StepContext(), expected=LoraConfig(**given))
 
     same = load(r=4, alpha=8, target_modules="all-linear", modules_to_save=[])
-    assert same.config_fields()["r"] == 4 and same.config_fields()["alpha"] == 8
+    assert (same.settings.r, same.settings.alpha) == (4, 8)
     for given, message in (
         ({"r": 16}, "lora.r is 16, but the adapter"),
         ({"alpha": 16}, "lora.alpha is 16.* has 8"),

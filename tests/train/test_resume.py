@@ -82,7 +82,7 @@ def test_a_signal_then_resume_is_the_uninterrupted_run(place, whole, kind, monke
         interrupt_at(patch, 4, signal.SIGTERM if kind == "full" else signal.SIGINT)
         keys = {**KINDS[kind], "max_steps": STEPS, "output_dir": f"{kind}-cut"}
         left = run(place, **keys)
-    assert left.interrupted and 4 <= left.steps <= 5
+    assert left.interrupted and 4 <= left.steps <= 6
     assert not (left.output_dir / "summary.json").exists()
     assert list_checkpoints(left.output_dir)[-1].name == f"step-{left.steps:06d}"
     again = run(place, **keys, resume=f"{kind}-cut")
@@ -178,6 +178,8 @@ def test_a_changed_key_is_named(place, whole, message):
     folder = whole("lora")
     before = sorted(p.name for p in folder.rglob("*"))
     keys = {**KINDS["lora"], "max_steps": STEPS + 2, **CHANGES[message]}
+    if keys.get("method") == "full":
+        del keys["lora"]
     with pytest.raises(UserError, match="a run goes on only with the settings it began with") as error:
         run(place, **keys, resume=str(folder))
     assert message in str(error.value)
@@ -241,7 +243,7 @@ def reached(folder: Path, step: int) -> bool:
 @pytest.mark.parametrize("kind", ["lora", "stream"])
 def test_five_kills_at_random_moments_then_the_same_run(place, whole, starts, kind):
     """Of five kills one falls into a checkpoint's writing; the others anywhere, set-up included."""
-    steps, rng = 24, random.Random(f"kills {kind}")
+    steps, rng = 20, random.Random(f"kills {kind}")
     expected = whole(kind, steps)
     folder = place / f"{kind}-killed"
     keys = {**KINDS[kind], "max_steps": steps, "save_steps": 2, "output_dir": folder.name}
@@ -249,7 +251,7 @@ def test_five_kills_at_random_moments_then_the_same_run(place, whole, starts, ki
     seen = 0
     for attempt in range(5):
         inside = attempt == 2
-        at = seen + rng.randint(2, 6)
+        at = seen + rng.randint(1, 4)
         target = kill_inside_checkpoint if inside else run_to_kill
         child = starts(target=target, args=(place, keys, at), daemon=False)
         child.start()
