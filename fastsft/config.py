@@ -355,6 +355,8 @@ def _explain(error: ValidationError, where: str) -> UserError:
             lines[f"{path}: {text}" if path else text] = None
         else:
             expected = item["msg"].removeprefix("Input should be ")
+            if item["type"] == "model_type":
+                expected = f"key: value pairs of {', '.join(_fields_at((*item['loc'], '')))}"
             lines[f"{path}: expected {expected}; got {item['input']!r}"] = None
     return UserError(f"{where}: " + "\n".join(lines))
 

@@ -7,7 +7,6 @@ other trains on. Neither torch nor transformers is imported on the way.
 from __future__ import annotations
 
 import datetime
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from fastsft.data.prepare import Prepared, Streamed, prepare, prepare_stream
 from fastsft.data.templates import Template, resolve_template
 from fastsft.data.tokenizer import Tokenizer
 from fastsft.errors import UserError
-from fastsft.model.files import resolve_model
+from fastsft.model.files import read_config, resolve_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +78,7 @@ def find_template(config: Config, tokenizer: Tokenizer) -> tuple[Template | None
 
 def fit_length(config: Config, folder: Path) -> Config:
     """A `max_length` beyond the model's positions is an error; the default gives way to them."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_config(folder)
     limit = (values.get("text_config") or values).get("max_position_embeddings")
     if not isinstance(limit, int) or config.max_length <= limit:
         return config

@@ -55,7 +55,7 @@ def claim_output_dir(config: "Config", stem: str) -> Path:
                 f"output_dir: {folder} already holds a run. Name another folder, or continue that "
                 f"run with resume=auto."
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder, parents=True, exist_ok=True)
         return folder
     if resumed is not None:
         return resumed
@@ -64,13 +64,24 @@ def claim_output_dir(config: "Config", stem: str) -> Path:
         held = [folder for folder in earlier if holds_run(folder)]
         if held:
             return held[-1]
-    Path("runs").mkdir(exist_ok=True)
+    _make(Path("runs"), exist_ok=True)
     return next(folder for folder in _numbered(Path("runs"), stem) if _created(folder))
+
+
+def _make(folder: Path, **options: bool) -> None:
+    try:
+        folder.mkdir(**options)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"output_dir: the folder {folder} cannot be made ({error.strerror}). Name another place."
+        ) from error
 
 
 def _created(folder: Path) -> bool:
     try:
-        folder.mkdir()
+        _make(folder)
     except FileExistsError:
         return False
     return True
@@ -123,6 +134,8 @@ def check_resume_config(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 def _flat(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in mapping.items():
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            value = {str(place): item for place, item in enumerate(value)}
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:

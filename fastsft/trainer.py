@@ -22,9 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from fastsft.checkpoint import (
     Checkpoint,
+    list_checkpoints,
     prune,
     random_state,
     remove_left_overs,
@@ -40,12 +42,20 @@ from fastsft.data.batches import (
     step_bounds_by_examples,
     step_bounds_by_tokens,
 )
-from fastsft.data.loader import Ahead, Layout, Step, evaluation_batches, stored_steps, streamed_steps
+from fastsft.data.loader import (
+    Ahead,
+    Layout,
+    Step,
+    evaluation_batches,
+    stored_steps,
+    streamed_steps,
+)
 from fastsft.data.prepare import Prepared, Streamed
 from fastsft.doctor import check_device
 from fastsft.errors import UserError
 from fastsft.metrics import EvalSums, Meter, MetricsLog, flops_per_token, write_summary
 from fastsft.model.build import Built, build, refuse_what_is_not_there
+from fastsft.model.files import is_disk_full
 from fastsft.optim import apply_update, build_optimizer, learning_rate, peak_learning_rate
 from fastsft.plot import plot_loss
 from fastsft.preparation import settle_date, take_in
@@ -118,6 +128,14 @@ def _claimed(config: Config, stem: str) -> Iterator[Path]:
     folder = claim_output_dir(config, stem)
     try:
         yield folder
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        kept = list_checkpoints(folder)
+        last = f"the checkpoint {kept[-1]} is kept" if kept else "there is no checkpoint yet"
+        raise UserError(
+            f"no space left on the device of {folder}; {last}. Free some, then go on with resume=auto"
+        ) from error
     finally:
         with suppress(OSError):  # not empty: there is a run in it
             folder.rmdir()
@@ -395,11 +413,11 @@ def _report(run: Run, *, wait: bool) -> None:
     if bad is not None:
         rows = run.rows_of[bad]
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        kept = sorted((run.folder / "checkpoints").glob("step-*"))
+        kept = list_checkpoints(run.folder)
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise UserError(
             f"step {bad}: the loss or its gradient is not finite (its update was skipped). Rows of that "
-            f"step: {shown}. {last}; lower learning_rate, or look at these rows"
+            f"step: {shown}; {last}. Lower learning_rate, or look at these rows"
         )
     for index in [i for i in run.rows_of if i < run.course.step - 1]:
         del run.rows_of[index]

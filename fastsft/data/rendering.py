@@ -126,9 +126,10 @@ class Template:
         try:
             return _environment(datetime.date.fromisoformat(self.date)).from_string(self.source)
         except jinja2.TemplateSyntaxError as error:
+            what = (error.message or "malformed").rstrip(".")
             raise UserError(
-                f"chat template {self.name}, line {error.lineno}: {error.message}. Mend it, or choose "
-                f"another with chat_template="
+                f"chat template {self.name}, line {error.lineno}: {what}. Mend it, or choose another with "
+                "chat_template="
             ) from None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def _file_reader(path: Path, label: str) -> Reader:
             f"{', '.join(ENDINGS)}; JSON and CSV may be compressed ({', '.join(PACKED)})"
         )
     if path.stat().st_size == 0:
-        raise UserError(f"{label} is empty")
+        raise UserError(f"{label} is empty; make it again, or name another file")
     if ending in (".parquet", ".arrow"):
         from fastsft.data import tables  # pyarrow takes time to import
 
@@ -245,14 +245,18 @@ def _sample(reader: Reader) -> list[dict[str, Any]]:
     rows = (row for chunk in reader.chunks() for row in reader.rows(chunk))
     first = list(islice(rows, _SAMPLE))
     if not first:
-        raise UserError(f"{reader.label} holds no rows")
+        raise UserError(f"{reader.label} holds no rows; make it again, or name another file")
     objects = [row.value for row in first if type(row.value) is dict]
     if not objects:
         _, number, value = first[0]
-        what = f"{value.reason}: {value.detail}" if type(value) is Unreadable else "not an object"
+        what = (
+            f"{value.reason}: {value.detail}"
+            if type(value) is Unreadable
+            else "It is not an object."
+        )
         raise UserError(
             f"{reader.label}: none of the first {len(first)} rows is a JSON object; "
-            f"{reader.label}:{number}: {what}"
+            f"{reader.label}:{number}: {what} Is the file what its ending says? Name it by what it holds"
         )
     return objects
 

@@ -93,7 +93,8 @@ class ParquetFile(Table):
             return pq.ParquetFile(self.path, buffer_size=BLOCK, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{self.label} is not what its ending says, or is cut short: no Parquet file ({error})"
+                f"{self.label} is not what its ending says, or is cut short: no Parquet file ({error}); "
+                "rename it, or make it again"
             ) from None
 
     def digest(self, update: Callable[[bytes], object]) -> None:
@@ -125,7 +126,7 @@ class ArrowFile(Table):
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{self.label} is not what its ending says, or is cut short: no Arrow file or "
-                f"stream ({error})"
+                f"stream ({error}); rename it, or make it again"
             ) from None
 
     def digest(self, update: Callable[[bytes], object]) -> None:

@@ -130,7 +130,10 @@ def _read(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except OSError as error:
-        raise UserError(f"chat_template: cannot read {path}: {error.strerror}") from None
+        raise UserError(
+            f"chat_template: cannot read {path}: {error.strerror}; give a .jinja file that is there, or "
+            "the name of a template of ours"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"chat_template: {path} is not UTF-8 text") from None
 

@@ -316,9 +316,17 @@ def check_magic(path: Path, label: str) -> None:
     head = next(blocks(path), b"")
     for magic, what in _MAGIC.items():
         if head.startswith(magic):
-            raise UserError(f"{label} is not what its ending says: it is {what}")
+            raise UserError(
+                f"{label} is not what its ending says: it is {what}; rename it, or name another file"
+            )
     if b"\0" in head[:1000]:
-        raise UserError(f"{label} is not what its ending says: it is binary, not text")
+        raise UserError(
+            f"{label} is not what its ending says: it is binary, not text; name a text file"
+        )
+    if ".csv" in path.suffixes and re.match(rb'\s*[\[{]\s*["{\[]', head):
+        raise UserError(
+            f"{label} is not what its ending says: it holds JSON; rename it to end in .jsonl or .json"
+        )
 
 
 def first_text(path: Path) -> str:

@@ -301,7 +301,8 @@ def _check_complete(
         inside = any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in whole)
         if not inside and not matches(name, excluded):
             raise UserError(
-                f"adapter {folder}: {CONFIG} names {name}, which has no tensors in {WEIGHTS}"
+                f"adapter {folder}: {CONFIG} names {name}, which has no tensors in {WEIGHTS}; it is not "
+                "whole, or it is for a model with fewer layers"
             )
 
 

@@ -106,7 +106,7 @@ def load_model(
     if quantize:
         from fastsft.model.quantizer import METHOD, NF4Config
 
-        how = {"quant_method": METHOD, "device": device, "progress": progress}
+        how: dict[str, Any] = {"quant_method": METHOD, "device": device, "progress": progress}
         if prequantized:  # transformers takes what the file says over what it is told
             options["config"].quantization_config = how
         else:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import lines, run, same, product, series, settings
+from runs import lines, product, run, same, series, settings
 
 from fastsft import trainer
 from fastsft.config import make_config
@@ -24,8 +24,8 @@ STEPS = 24
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
 DROPOUT = {"lora": {"r": 4, "dropout": 0.25}}
 METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora", "learning_rate": 2e-3, **DROPOUT},
-    "qlora": {"method": "qlora", "learning_rate": 2e-3, **DROPOUT},
+    "lora": {"method": "lora", "learning_rate": 1e-3, **DROPOUT},
+    "qlora": {"method": "qlora", "learning_rate": 1e-3, **DROPOUT},
     "full": {"method": "full", "learning_rate": 5e-4, "weight_decay": 0.01},
 }
 PACKED, ALONE = {"micro_batch_tokens": 4096}, {"micro_batch_tokens": 1}
@@ -98,7 +98,7 @@ def test_packed_is_unpacked_in_fp32(place, monkeypatch, method):
     assert_close(packed, unpacked, 1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_packed_is_unpacked_in_float64(place, monkeypatch, method):
     keys = {**METHODS[method], "max_steps": STEPS, "batch_size": 6}
     packed = in_float64(place, f"packed-{method}", monkeypatch, **keys, **PACKED)
@@ -110,7 +110,12 @@ def test_packed_is_unpacked_in_float64(place, monkeypatch, method):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_eight_micro_batches_of_one_are_one_of_eight(place, monkeypatch, method):
     counts = counting(monkeypatch)
-    keys = {**METHODS[method], "max_steps": STEPS, "batch_size": 8, "data": str(place / "even.jsonl")}
+    keys = {
+        **METHODS[method],
+        "max_steps": STEPS,
+        "batch_size": 8,
+        "data": str(place / "even.jsonl"),
+    }
     one = run(place, **keys, **PACKED).output_dir
     eight = run(place, **keys, **ALONE).output_dir
     assert counts == [1] * STEPS + [8] * STEPS
@@ -134,14 +139,14 @@ def test_recomputing_changes_no_bit(place, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_golden_losses(place, method):
-    """A refactoring leaves them; WRITE_GOLDEN=1 writes them anew after a change that is meant."""
+    """A refactoring leaves them; FASTSFT_UPDATE_GOLDEN=1 writes them anew after a change that is meant."""
     folder = run(place, **METHODS[method], max_steps=STEPS, val_size=4, eval_steps=8).output_dir
     found = [
         f"{r['step']} {'eval ' if 'eval_loss' in r else ''}{r.get('loss', r.get('eval_loss')):.9g}"
         for r in lines(folder)
     ]
     golden = GOLDEN / f"{method}.txt"
-    if os.environ.get("WRITE_GOLDEN"):
+    if os.environ.get("FASTSFT_UPDATE_GOLDEN"):
         golden.parent.mkdir(exist_ok=True)
         golden.write_text("\n".join(found) + "\n")
     expected = golden.read_text().splitlines()

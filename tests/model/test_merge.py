@@ -16,6 +16,7 @@ from fastsft.config import LoraConfig
 from fastsft.data.tokenizer import Tokenizer
 from fastsft.errors import UserError
 from fastsft.model.context import StepContext
+from fastsft.model.files import check_weights
 from fastsft.model.load import load_model
 from fastsft.model.lora import add_adapters
 from fastsft.model.merge import merge
@@ -72,8 +73,9 @@ def test_weights_are_pefts_rounded_once(tmp_path, dtype, tied):
     assert Tokenizer.load(tmp_path / "out").encode("hello") == Tokenizer.load(base).encode("hello")
 
 
-def test_modules_trained_whole_and_token_rows_are_in_the_result(tmp_path):
-    base = write_model(tmp_path / "base", tie_word_embeddings=False)
+@pytest.mark.parametrize("tied", [True, False])
+def test_modules_trained_whole_and_token_rows_are_in_the_result(tmp_path, tied):
+    base = write_model(tmp_path / "base", tie_word_embeddings=tied)
     write_adapter(
         base,
         tmp_path / "a",
@@ -87,6 +89,8 @@ def test_modules_trained_whole_and_token_rows_are_in_the_result(tmp_path):
     got = read(tmp_path / "out")
     original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     assert got.config.vocab_size == got.get_input_embeddings().weight.shape[0] == 306
+    assert got.config.tie_word_embeddings is tied
+    assert ("lm_head.weight" in check_weights(tmp_path / "out")) is not tied
     changed = (
         (got.model.embed_tokens.weight[:300].float() - original.model.embed_tokens.weight)
         .abs()

@@ -15,12 +15,20 @@ from small_run import CHATML, write_model
 
 import fastsft
 from fastsft import checkpoint
+from fastsft.config import make_config
 from fastsft.metrics import read_metrics
+from fastsft.model.build import Built, build
+from fastsft.preparation import Intake, settle_date, take_in
 from fastsft.trainer import Result
 
 SEED_DATA = Path(__file__).parents[1] / "data" / "seed"
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 2048}
-CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes", "mfu"}  # differ between equal runs
+CLOCK = {
+    "tokens_per_second",
+    "step_seconds",
+    "peak_memory_bytes",
+    "mfu",
+}  # differ between equal runs
 WORDS = "hello there what is this world a line of tea and one more word for the road".split()
 
 
@@ -77,6 +85,35 @@ def run(folder: Path, **keys: Any) -> Result:
         if cache is not None:
             os.environ["FASTSFT_CACHE"] = cache
     return Result(folder / result.output_dir, result.steps, result.interrupted, result.summary)
+
+
+def taken(folder: Path, **keys: Any) -> Intake:
+    return take_in(settle_date(make_config(settings(folder, **keys))))
+
+
+def texts(folder: Path, **keys: Any) -> list[str]:
+    """Each sequence of the training data as text, what is trained in ⟦ ⟧."""
+    intake = taken(folder, **keys)
+    store, decode = intake.data.train, intake.tokenizer.decode
+    found = []
+    for number in range(len(store.lengths)):
+        ids, trained = store.sequence(number)
+        text, inside = "", False
+        for token, mark in zip(ids.tolist(), trained.tolist(), strict=True):
+            text += ("⟦" if mark and not inside else "⟧" if inside and not mark else "") + decode(
+                [token]
+            )
+            inside = mark
+        found.append(text + ("⟧" if inside else ""))
+    return found
+
+
+def built(folder: Path, **keys: Any) -> Built:
+    config = make_config(settings(folder, **keys))
+    intake = take_in(settle_date(config))
+    return build(
+        intake.config, intake.tokenizer, intake.template, device=torch.device("cpu"), longest=64
+    )
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

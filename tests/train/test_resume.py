@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import kill_inside_checkpoint, lines, product, run, run_to_kill, same, settings, write_rows
+from runs import (
+    kill_inside_checkpoint,
+    lines,
+    product,
+    run,
+    run_to_kill,
+    same,
+    settings,
+    write_rows,
+)
 
 from fastsft import cli, trainer
 from fastsft.checkpoint import list_checkpoints, newest_whole
@@ -25,7 +34,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "learning_rate": 1e-3, "weight_decay": 0.1},
     "stream": {"streaming": True, "lora": {"r": 4, "dropout": 0.3}},
     # Whole modules in another order than the model's: their moments must find them again.
-    "whole": {"lora": {"r": 2, "modules_to_save": ["lm_head", "embed_tokens"]}, "batch_tokens": 200},
+    "whole": {
+        "lora": {"r": 2, "modules_to_save": ["lm_head", "embed_tokens"]},
+        "batch_tokens": 200,
+    },
 }
 STEPS = 8
 
@@ -167,7 +179,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "seed was 0 and is 1": {"seed": 1},
     "batch_size was 4 and is None": {"batch_tokens": 100, "batch_size": None},
     "micro_batch_tokens was 'auto' and is 64": {"micro_batch_tokens": 64},
-    "data was": {"data": "other.jsonl"},
+    "data.0.path was": {"data": "other.jsonl"},
     "streaming was False and is True": {"streaming": True, "val_size": 0},
 }
 
@@ -180,7 +192,9 @@ def test_a_changed_key_is_named(place, whole, message):
     keys = {**KINDS["lora"], "max_steps": STEPS + 2, **CHANGES[message]}
     if keys.get("method") == "full":
         del keys["lora"]
-    with pytest.raises(UserError, match="a run goes on only with the settings it began with") as error:
+    with pytest.raises(
+        UserError, match="a run goes on only with the settings it began with"
+    ) as error:
         run(place, **keys, resume=str(folder))
     assert message in str(error.value)
     assert sorted(p.name for p in folder.rglob("*")) == before
@@ -268,7 +282,9 @@ def test_five_kills_at_random_moments_then_the_same_run(place, whole, starts, ki
         assert child.exitcode == -signal.SIGKILL
         seen = max([int(p.name[5:]) for p in list_checkpoints(folder)], default=0)
         if inside:
-            assert list(folder.glob("checkpoints/.unfinished-*")), "the kill fell beside the writing"
+            assert list(folder.glob("checkpoints/.unfinished-*")), (
+                "the kill fell beside the writing"
+            )
     assert 0 < seen < steps
     child = starts(target=run_to_kill, args=(place, keys, None))
     child.start()

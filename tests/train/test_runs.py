@@ -80,7 +80,9 @@ def test_the_quantised_run_answers_as_it_was_trained(place):
     """The logits of the product are those of the evaluation that the run logged."""
     from fastsft.evaluate import evaluate
 
-    folder = run(place, method="qlora", max_steps=4, eval_data=str(place / "held_out.jsonl")).output_dir
+    folder = run(
+        place, method="qlora", max_steps=4, eval_data=str(place / "held_out.jsonl")
+    ).output_dir
     logged = series(folder, "eval_loss")[-1]
     found = evaluate(str(folder), [f"data={place / 'held_out.jsonl'}"])
     assert found["eval_loss"] == pytest.approx(logged, rel=1e-6)
@@ -115,7 +117,12 @@ def test_an_adapter_made_by_peft_goes_on_here(place, tmp_path):
 
 
 def test_what_a_run_leaves(place):
-    keys = {"eval_data": str(place / "held_out.jsonl"), "max_steps": 5, "eval_steps": 2, "save_steps": 4}
+    keys = {
+        "eval_data": str(place / "held_out.jsonl"),
+        "max_steps": 5,
+        "eval_steps": 2,
+        "save_steps": 4,
+    }
     left = run(place, output_dir="left", **keys)
     folder = left.output_dir
     assert folder == place / "left"
@@ -142,7 +149,10 @@ def test_what_a_run_leaves(place):
 
 def test_the_first_and_the_last_step_are_kept(place):
     folder = run(place, max_steps=4, save_steps=50, logging_steps=50).output_dir
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000001", "step-000004"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "step-000001",
+        "step-000004",
+    ]
     assert [r["step"] for r in lines(folder)] == [1, 4]
 
 
