@@ -22,6 +22,8 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 WARMUP_RATIO, DECAY_RATIO = 0.03, 0.2
 SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*GB$", re.IGNORECASE)
+# Arguments of a chat template that the trainer itself gives it.
+TEMPLATE_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "self")
 
 
 class _Strict(BaseModel):
@@ -99,7 +101,7 @@ class Config(_Strict):
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     vram: str = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     logging_steps: Positive = 1
     eval_steps: Positive = 100
@@ -133,6 +135,14 @@ class Config(_Strict):
     def _date_is_iso(cls, value: str) -> str:
         if value != "auto" and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", value):
             raise ValueError('expected "auto" or a date such as 2026-01-31')
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _kwargs_leave_ours_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = [name for name in TEMPLATE_ARGUMENTS if name in value]
+        if taken:
+            raise ValueError(f"{', '.join(taken)} cannot be given; the trainer sets it for each row")
         return value
 
     @field_validator("lora", mode="before")
@@ -244,7 +254,7 @@ PEERS_NAMES = {
     "train_on_inputs": "train_on: all",
     "train_on_prompt": "train_on: all",
     "mask_history": "train_on: last",
-    "roles_to_train": "train_on, or `train: true/false` on a message",
+    "roles_to_train": "train_on: assistant or all; `train: false` on a message leaves it out",
     "lr": "learning_rate",
     "lr_scheduler_type": "lr_scheduler",
     "optim": "optimizer",

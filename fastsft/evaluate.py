@@ -28,6 +28,7 @@ READING = (
     "trust_remote_code chat_template_kwargs date system stop train_on multi_turn max_length overlong "
     "on_bad_row dtype"
 ).split()
+GIVEN = [*READING, "data", "tokenizer", "chat_template", "micro_batch_tokens"]
 
 
 def evaluate(name: str, overrides: list[str]) -> dict[str, Any]:
@@ -46,7 +47,8 @@ def evaluate(name: str, overrides: list[str]) -> dict[str, Any]:
         engine = CompatEngine(model, StepContext())
         sums = EvalSums(model.device)
         store = intake.data.train
-        budget = max(CPU_MICRO_BATCH, int(store.lengths.max()))
+        wanted = config.micro_batch_tokens
+        budget = max(CPU_MICRO_BATCH if wanted == "auto" else wanted, int(store.lengths.max()))
         layout = Layout(budget, 0.0, 1, model.device)
         for batch in evaluation_batches(store, np.arange(len(store)), layout):
             output = engine.evaluate(batch)
@@ -69,9 +71,9 @@ def _config(subject: Subject, overrides: list[str]) -> Config:
     if (subject.folder / "tokenizer.json").is_file():
         values["tokenizer"] = str(subject.folder)
     given = load_config(None, ["model=unused", *overrides])
-    changed = {key: getattr(given, key) for key in given.model_fields_set - {"model"}}
-    plain = {k: given.model_dump()[k] for k in changed}
-    config = make_config({**values, **plain}, "command line")
-    if config.streaming or config.has_eval:
-        raise UserError("eval reads data= once as it is; leave streaming, eval_data and val_size out")
-    return config
+    idle = sorted(given.model_fields_set - {"model", *GIVEN})
+    if idle:
+        raise UserError(f"eval has no use for {', '.join(idle)}; it takes {', '.join(sorted(GIVEN))}")
+    plain = given.model_dump()
+    changed = {key: plain[key] for key in given.model_fields_set - {"model"}}
+    return make_config({**values, **changed}, "command line")

@@ -15,9 +15,16 @@ from fastsft.config import Config
 from fastsft.data.encode import Encoder
 from fastsft.data.prepare import Prepared, Streamed, prepare, prepare_stream
 from fastsft.data.templates import Template, resolve_template
-from fastsft.data.tokenizer import Tokenizer
+from fastsft.data.tokenizer import Tokenizer, holds_tokenizer
 from fastsft.errors import UserError
-from fastsft.model.files import read_config, resolve_model
+from fastsft.model.files import (
+    adapter_weights,
+    check_weights,
+    read_adapter_config,
+    read_config,
+    read_header,
+    resolve_model,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,15 +41,22 @@ class Intake:
 
 
 def take_in(
-    config: Config, console: Console | None = None, *, examples: int = 1, model_folder: Path | None = None
+    config: Config,
+    console: Console | None = None,
+    *,
+    examples: int = 1,
+    model_folder: Path | None = None,
+    weights: bool = True,
 ) -> Intake:
     """Prepare the config's data. model_folder: where the model is, if that is known already.
 
+    weights: first make sure that the model's files are whole, which data alone does not need.
     Raises UserError for a model, tokenizer, template or data that cannot be used.
     """
     folder = model_folder or resolve_model(config.model, config.revision)
     config = fit_length(config, folder)
-    tokenizer = Tokenizer.load(resolve_model(config.tokenizer) if config.tokenizer else folder)
+    check_start(config, folder, weights)
+    tokenizer, origin = find_tokenizer(config, folder)
     template, why_none = find_template(config, tokenizer)
     encoder = Encoder(
         tokenizer,
@@ -55,7 +69,32 @@ def take_in(
     )
     make = prepare_stream if config.streaming else prepare
     data = make(config, tokenizer, encoder, console, examples=examples)
+    data.report.tokenizer = origin
     return Intake(config, tokenizer, template, data)
+
+
+def check_start(config: Config, folder: Path, weights: bool) -> None:
+    """Raises UserError now for files that would end the run only after all data is prepared."""
+    if weights:
+        check_weights(folder)
+    if config.adapter is not None:
+        read_adapter_config(Path(config.adapter))
+        if weights:
+            read_header(adapter_weights(Path(config.adapter)))
+
+
+def find_tokenizer(config: Config, folder: Path) -> tuple[Tokenizer, str]:
+    """The config's tokenizer, and where it is from if not from the model in `folder`.
+
+    A continued adapter was trained on the tokenizer and the template saved with it, which need not be
+    its base's; both are taken from there unless the config names others.
+    """
+    origin = ""
+    if config.tokenizer is not None:
+        folder, origin = resolve_model(config.tokenizer), config.tokenizer
+    elif config.adapter is not None and holds_tokenizer(Path(config.adapter)):
+        folder, origin = Path(config.adapter), f"saved with the adapter in {config.adapter}"
+    return Tokenizer.load(folder, trust_remote_code=config.trust_remote_code), origin
 
 
 def find_template(config: Config, tokenizer: Tokenizer) -> tuple[Template | None, str]:
@@ -109,6 +148,6 @@ def show_data(config: Config, *, examples: int) -> int:
     from rich.console import Console
 
     console = Console()
-    intake = take_in(settle_date(config), console, examples=examples)
+    intake = take_in(settle_date(config), console, examples=examples, weights=False)
     intake.data.report.render(console, examples=examples)
     return 0

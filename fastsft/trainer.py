@@ -14,6 +14,7 @@ import random
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -175,6 +176,11 @@ def set_up(
     config = built.config
     if checkpoint:
         check_resume_config(checkpoint.state["config"], config.model_dump())
+        if checkpoint.state["data"] != data_mark(data):
+            raise UserError(
+                "resume: the files under data have changed since the run began (other rows, or other lengths "
+                "of them); put them back, or drop resume to start a new run"
+            )
         for path in set_aside_later(folder, checkpoint.step):
             console.warn(f"a checkpoint from after step {checkpoint.step} was set aside as {path}")
     remove_left_overs(folder)
@@ -213,6 +219,13 @@ def _refuse_changes(config: Config, checkpoint: Checkpoint) -> None:
     later = {"max_length"} | ({"lora"} if config.adapter else set())
     unsettled = {key: old[key] for key in later - config.model_fields_set}
     check_resume_config(old, {**config.model_dump(), **unsettled})
+
+
+def data_mark(data: Prepared | Streamed) -> int | None:
+    """Changes with the rows' number, order and lengths; of a stream nothing is known beforehand."""
+    if isinstance(data, Streamed):
+        return None
+    return zlib.crc32(data.train.lengths.tobytes())
 
 
 def seed_everything(seed: int) -> None:
@@ -480,7 +493,11 @@ def _save(run: Run) -> None:
         run.folder,
         course.step,
         lambda folder: run.built.write(folder, masters=True),
-        {"course": vars(course), "config": run.config.model_dump()},
+        {
+            "course": vars(course),
+            "config": run.config.model_dump(),
+            "data": data_mark(run.data),
+        },
         {"optimizer": run.optimizer.state_dict(), "random": random_state()},
     )
     prune(run.folder, run.config.save_total_limit, course.best_step)

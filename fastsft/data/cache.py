@@ -122,10 +122,11 @@ class TokenCache:
         self.made = False  # was any store not found
 
     def store(
-        self, sources: Sequence[Source], encoder: Encoder
+        self, sources: Sequence[Source], encoder: Encoder, purpose: str = "train"
     ) -> tuple[TokenStore, list[SourceReport]]:
         """The store of some sources, one after the other, and what became of their rows.
 
+        purpose: what the rows are for, "train" or "evaluate", said where none is left.
         Raises UserError for a bad row the policy refuses, no row left, no room on the disk.
         """
         labels = tuple(source.label for source in sources)
@@ -133,7 +134,7 @@ class TokenCache:
         meta = read_meta(folder)
         if meta is None:
             self.made = True
-            self._build(folder, sources, encoder)
+            self._build(folder, sources, encoder, purpose)
             meta = read_meta(folder)
             assert meta is not None, f"{folder} vanished"
         return open_store(folder, labels), [SourceReport(**entry) for entry in meta["sources"]]
@@ -146,7 +147,9 @@ class TokenCache:
         digest.update("\0".join(parts).encode())
         return digest.hexdigest()
 
-    def _build(self, folder: Path, sources: Sequence[Source], encoder: Encoder) -> None:
+    def _build(
+        self, folder: Path, sources: Sequence[Source], encoder: Encoder, purpose: str
+    ) -> None:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             _sweep(self.folder)
@@ -155,7 +158,7 @@ class TokenCache:
             with TokenWriter(made) as writer:
                 reports = self._write(writer, sources, encoder)
                 if not writer.examples:
-                    raise _nothing_left(reports)
+                    raise _nothing_left(reports, purpose)
                 writer.finish({"sources": [asdict(report) for report in reports]})
             _move_into_place(made, folder)
         finally:
@@ -230,9 +233,9 @@ def _move_into_place(made: Path, folder: Path) -> None:
                 raise
 
 
-def _nothing_left(reports: Sequence[SourceReport]) -> UserError:
+def _nothing_left(reports: Sequence[SourceReport], purpose: str) -> UserError:
     rows = sum(report.rows for report in reports)
     told = [f"  {r.label}: {r.reasons() or 'no rows'}" for r in reports]
     first = next((d for r in reports for details in r.details.values() for d in details), None)
-    text = f"nothing left to train: of {rows:,} rows none was kept\n" + "\n".join(told)
+    text = f"nothing left to {purpose} on: of {rows:,} rows none was kept\n" + "\n".join(told)
     return UserError(text + (f"\nthe first: {first}" if first else ""))

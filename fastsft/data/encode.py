@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from fastsft.data.rows import BadRow, Conversation
 from fastsft.data.spans import Marked, encode_marked
 from fastsft.data.tokenizer import Tokenizer
 from fastsft.data.turns import MultiTurn, Plan, Planner, TrainOn
-from fastsft.data.words import unfit
+from fastsft.data.words import Words, strings_in, unfit
 from fastsft.errors import UserError
 
 Overlong = Literal["auto", "drop", "truncate", "split", "error"]
@@ -49,7 +49,7 @@ class Encoded:
 
 
 class Encoder:
-    """Rows to examples. Picklable; call `warm_up` before pickling, so that workers need not decide."""
+    """Rows to examples. Picklable; the first `encode` decides whether tiktoken runs the tokenizer."""
 
     def __init__(
         self,
@@ -62,7 +62,10 @@ class Encoder:
         overlong: Overlong = "auto",
         no_template: str = "there is no chat template",
     ) -> None:
-        """template: None where no row is a conversation; no_template: why, for one all the same. max_length: tokens of a sequence, or no limit."""
+        """template: None where no row is a conversation; no_template: why, for one all the same.
+
+        max_length: tokens of a sequence, or no limit.
+        """
         if train_on == "all" and multi_turn == "per_turn":
             raise UserError(
                 "multi_turn: per_turn with train_on: all would train every prompt once per turn. "
@@ -94,10 +97,6 @@ class Encoder:
             sequences = [next(encoded) for _ in plan.sequences]
             out += self._finish(row, [self._close(row, s) for s in sequences], plan.notes)
         return out
-
-    def warm_up(self, rows: Sequence[Conversation | BadRow]) -> None:
-        """Decide on these rows whether tiktoken runs the tokenizer; a first `encode` does it too."""
-        self.encode(rows[:_SAMPLE])
 
     def _choose_fast(self, texts: Sequence[Marked]) -> None:
         if texts:
@@ -182,6 +181,28 @@ class Encoder:
             *((folder / f"{name}.py").read_text("utf-8") for name in _CODE),
         ]
         return hashlib.sha256("\0".join(facts).encode()).hexdigest()
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, template: Template, messages: list[dict[str, Any]]
+) -> list[int]:
+    """The ids a model is shown before its answer: those that come first where the answer is trained.
+
+    Control tokens spelled in a message are words here as there. Raises TemplateRefused; UserError for
+    messages that are not text.
+    """
+    strings = list(strings_in(messages))
+    reason = unfit(strings)
+    if reason:
+        raise UserError(f"the prompt cannot be read: {reason}")
+    words = Words(tokenizer)
+    if words.hold_control(strings):
+        text = template.render(words.stand_in(messages), add_generation_prompt=True).text
+        marked = words.spell_out(Marked(text, []))
+    else:
+        marked = Marked(template.render(messages, add_generation_prompt=True).text, [])
+    ((ids, _),) = encode_marked(tokenizer, [marked])
+    return ids.tolist()
 
 
 def _nothing(row: Conversation) -> BadRow:

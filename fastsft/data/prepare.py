@@ -7,6 +7,7 @@ transformers is imported on the way.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -47,6 +48,11 @@ class Prepared:
     def sizes(self) -> tuple[int, ...]:
         return self.train.sizes
 
+    @property
+    def digest(self) -> str:
+        """Of every token trained or evaluated on: a resumed run must find the same."""
+        return self.train.digest + (self.eval.digest if self.eval is not None else "")
+
 
 @dataclass(frozen=True)
 class Streamed:
@@ -55,6 +61,7 @@ class Streamed:
     stream: ExampleStream
     eval: TokenStore | None
     report: DataReport
+    digest: str  # of the sources, tokenizer and template: a stream's tokens are not known beforehand
 
 
 def split(store: TokenStore, val_size: float, seed: int) -> tuple[TokenStore, TokenStore]:
@@ -143,8 +150,9 @@ def prepare_stream(
     cache = TokenCache(cache_dir, Policy.of(config), console, processes)
     evaluation, eval_reports = _evaluation(config, encoder, cache)
     weights = [spec.weight for spec in config.data]
+    sources = _open(config, config.data, streaming=True)
     stream = ExampleStream(
-        _open(config, config.data, streaming=True),
+        sources,
         encoder,
         weights,
         config.seed,
@@ -166,7 +174,10 @@ def prepare_stream(
         partial=f"streaming: these numbers are of the rows behind the first {len(first):,} examples",
     )
     stream.restore(start)
-    return Streamed(stream, evaluation, report)
+    parts = [tokenizer.fingerprint(), encoder.template.fingerprint() if encoder.template else ""]
+    parts += [source.fingerprint() for source in sources]
+    digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+    return Streamed(stream, evaluation, report, digest)
 
 
 def _open(config: Config, specs: Sequence[DataSource], streaming: bool = False) -> list[Source]:
@@ -178,7 +189,7 @@ def _evaluation(
 ) -> tuple[TokenStore | None, list[SourceReport]]:
     if not config.eval_data:
         return None, []
-    return cache.store(_open(config, config.eval_data), encoder)
+    return cache.store(_open(config, config.eval_data), encoder, "evaluate")
 
 
 def _split_report(store: TokenStore | None) -> SplitReport | None:

@@ -172,6 +172,7 @@ class DataReport:
     previews: list[Preview]
     cache: str = ""
     partial: str = ""  # for a stream: how far these numbers reach
+    tokenizer: str = ""  # where it is from, if not from the model
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -185,7 +186,8 @@ class DataReport:
         return values
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=1), encoding="utf-8")
+        text = json.dumps(self.to_json(), ensure_ascii=False, indent=2)
+        path.write_text(text + "\n", encoding="utf-8")
 
     def lines(self) -> Iterator[str]:
         """The report without its example, one line at a time."""
@@ -204,6 +206,8 @@ class DataReport:
         yield "train: " + _split(self.train)
         if self.eval is not None:
             yield "eval: " + _split(self.eval)
+        if self.tokenizer:
+            yield f"tokenizer: {self.tokenizer}"
         yield f"template: {self.template}"
         extra = sum(source.extra_tokens for source in self.sources)
         if extra:

@@ -199,8 +199,6 @@ class Converter:
         system = given or self.system
         if own is None and system:
             messages = [{"role": "system", "content": system}, *messages]
-        if not any(m["role"] == "assistant" and m.get("train", True) for m in messages):
-            raise _Refused("nothing to train", "No assistant message of the row is to be trained.")
         if self.format == "alpaca":
             return Conversation("chat", where, messages)
         kwargs = _json(row.get(self.columns["chat_template_kwargs"]), "chat_template_kwargs") or {}
@@ -208,6 +206,8 @@ class Converter:
             raise _Refused(
                 "wrong type", f"'chat_template_kwargs' is {_kind(kwargs)}, not an object."
             )
+        if kwargs:
+            _leave_ours_alone(kwargs)
         tools = _tools(row.get(self.columns["tools"]))
         return Conversation("chat", where, messages, tools, template_kwargs=kwargs)
 
@@ -290,6 +290,17 @@ class Converter:
             raise _Refused("null content", f"{who} has no content.")
         out["role"], out["content"] = role, content or ""
         return out
+
+
+def _leave_ours_alone(kwargs: dict[str, Any]) -> None:
+    """Refuse what would take the place of an argument that the trainer gives a template."""
+    from fastsft.config import TEMPLATE_ARGUMENTS  # pydantic is slow to import; few rows need this
+
+    taken = next((name for name in TEMPLATE_ARGUMENTS if name in kwargs), None)
+    if taken:
+        raise _Refused(
+            "reserved name", f"'chat_template_kwargs' sets {taken!r}, which the trainer itself sets."
+        )
 
 
 def _from_value(turn: Any, at: int) -> Any:

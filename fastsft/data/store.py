@@ -13,6 +13,7 @@ is copied and readers cannot tell the difference.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,7 @@ DTYPES: dict[str, Any] = {
     "row": np.int64,
 }
 META = "meta.json"
+DIGESTED = ("ids", "trained", "lengths")  # what a run learns from
 
 
 @dataclass(slots=True)
@@ -78,11 +80,15 @@ class TokenStore:
     ids int32[*], trained bool[*]: the tokens of all sequences (of a subset: of more than those).
     starts int64[n_seq], lengths int32[n_seq], targets int32[n_seq]: first token, tokens, tokens that are
     predicted and trained. example_offsets int64[n+1], source int32[n], row int64[n]. labels: the sources.
+    digest: of all tokens and what is trained of them, so that a resumed run knows its data again.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], labels: tuple[str, ...]) -> None:
+    def __init__(
+        self, arrays: dict[str, np.ndarray], labels: tuple[str, ...], digest: str = ""
+    ) -> None:
         self.arrays = arrays
         self.labels = labels
+        self.digest = digest
         self.ids, self.trained = arrays["ids"], arrays["trained"]
         self.starts, self.lengths, self.targets = (
             arrays[k] for k in ("starts", "lengths", "targets")
@@ -126,7 +132,7 @@ class TokenStore:
         arrays = {name: self.arrays[name][chosen] for name in ("starts", "lengths", "targets")}
         arrays |= {name: self.arrays[name][examples] for name in ("source", "row")}
         arrays |= {"example_offsets": offsets, "ids": self.ids, "trained": self.trained}
-        return TokenStore(arrays, self.labels)
+        return TokenStore(arrays, self.labels, self.digest)
 
 
 @contextmanager
@@ -147,6 +153,7 @@ class TokenWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tokens = self.sequences = self.examples = 0
+        self._digests = {name: hashlib.blake2b(digest_size=16) for name in DIGESTED}
         with ExitStack() as files, writing(folder):
             self._files = {
                 name: files.enter_context(open(folder / f"{name}.bin", "wb", buffering=1 << 20))
@@ -156,8 +163,11 @@ class TokenWriter:
         self._write("example_offsets", np.zeros(1, np.int64))
 
     def _write(self, name: str, values: np.ndarray) -> None:
+        raw = np.ascontiguousarray(values, DTYPES[name]).data
+        if name in DIGESTED:
+            self._digests[name].update(raw)
         with writing(self.folder):
-            self._files[name].write(np.ascontiguousarray(values, DTYPES[name]).data)
+            self._files[name].write(raw)
 
     def append(self, source: int, batch: TokenBatch) -> int:
         """Add examples of `source`; returns how many of their tokens are targets."""
@@ -179,7 +189,8 @@ class TokenWriter:
         return int(targets.sum())
 
     def finish(self, meta: dict[str, Any]) -> None:
-        """Put everything on the disk, sizes and `meta` (JSON) last."""
+        """Put everything on the disk, sizes, a digest of the tokens and `meta` (JSON) last."""
+        meta = {**meta, "digest": "".join(d.hexdigest() for d in self._digests.values())}
         with writing(self.folder):
             for file in self._files.values():
                 file.flush()
@@ -211,8 +222,11 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 def open_store(folder: Path, labels: tuple[str, ...]) -> TokenStore:
     """Map the arrays of a whole store with at least one example."""
+    meta = read_meta(folder)
+    assert meta is not None, f"{folder} holds no whole store"
     arrays = {
         name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
         for name, dtype in DTYPES.items()
     }
-    return TokenStore({name: np.asarray(array) for name, array in arrays.items()}, labels)
+    plain = {name: np.asarray(array) for name, array in arrays.items()}
+    return TokenStore(plain, labels, meta["digest"])

@@ -31,6 +31,7 @@ from tokenizers import Tokenizer as Backend
 
 from fastsft.data.fast_bpe import FastBpe, build_fast_bpe
 from fastsft.errors import UserError
+from fastsft.model.files import read_json
 
 if TYPE_CHECKING:
     from fastsft.data.templates import Template
@@ -79,7 +80,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = (
             self.id_of(named(name, "")) for name in ("bos_token", "eos_token", "pad_token")
         )
-        ends = _read_json(folder / "generation_config.json").get("eos_token_id")
+        ends = _read_optional(folder / "generation_config.json").get("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends]
         self.stop_ids = tuple(dict.fromkeys(i for i in (self.eos_id, *ends) if i is not None))
         plain = self.backend.encode("a", add_special_tokens=False).ids
@@ -88,19 +89,22 @@ class Tokenizer:
         self.adds_eos = whole != plain and whole[-1] == self.eos_id
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Raises UserError for a folder without a tokenizer, or with one that cannot be read."""
+    def load(cls, folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
+        """Raises UserError for a folder without a tokenizer, or with one that cannot be read.
+
+        trust_remote_code: whether the folder's own Python code may run, where that is what reads it.
+        """
         folder = Path(folder)
-        config = _read_json(folder / "special_tokens_map.json")
-        config |= _read_json(folder / "tokenizer_config.json")
+        config = _read_optional(folder / "special_tokens_map.json")
+        config |= _read_optional(folder / "tokenizer_config.json")
         if (folder / "tokenizer.json").is_file():
             return cls(folder, folder / "tokenizer.json", config)
-        if not any((folder / name).is_file() for name in _SLOW):
+        if not holds_tokenizer(folder):
             raise UserError(
                 f"no tokenizer in {folder}: expected tokenizer.json (or one of {', '.join(_SLOW)}). "
                 "Give a folder or hub id that has one with tokenizer="
             )
-        text, named = _convert(folder)
+        text, named = _convert(folder, trust_remote_code)
         return cls(folder, text, named | config)
 
     def _read_vocabulary(self) -> None:
@@ -141,11 +145,8 @@ class Tokenizer:
     @cached_property
     def _spec(self) -> dict[str, Any]:
         path = self.folder / "tokenizer.json"
-        try:
-            spec = json.loads(self._json)
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error}. Fetch the file again") from None
-        if not isinstance(spec, dict) or "model" not in spec:
+        spec = json.loads(self._json) if isinstance(self._source, str) else read_json(path)
+        if "model" not in spec:
             raise UserError(f"{path} holds no tokenizer: it has no 'model'. Fetch the file again")
         return spec
 
@@ -254,7 +255,7 @@ class Tokenizer:
             if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 shutil.copyfile(self.folder / name, folder / name)
         (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
-        config = _read_json(folder / "tokenizer_config.json")
+        config = _read_optional(folder / "tokenizer_config.json")
         config.pop("chat_template", None)
         if not isinstance(self._source, Path):  # converted, or with new tokens
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -264,10 +265,15 @@ class Tokenizer:
         if source is not None:
             (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
         stops = list(template.stop_ids if template else self.stop_ids)
-        generation = _read_json(self.folder / "generation_config.json")
+        generation = _read_optional(self.folder / "generation_config.json")
         if stops:
             generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
         _write_json(folder / "generation_config.json", generation)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer of its own: an adapter's may, or may use its base's."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", *_SLOW))
 
 
 def _text(token: Any) -> str:
@@ -284,27 +290,21 @@ def _own_template(folder: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_optional(path: Path) -> dict[str, Any]:
     """The object in a file; empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        read = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}. Fetch the file again") from None
-    return read if isinstance(read, dict) else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _convert(folder: Path) -> tuple[str, dict[str, Any]]:
+def _convert(folder: Path, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     """tokenizer.json and named tokens of a folder that has only a slow tokenizer."""
     from transformers import AutoTokenizer
 
     try:
-        slow = AutoTokenizer.from_pretrained(str(folder))
+        slow = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -117,8 +117,8 @@ class _Turns:
 
     def plan(self) -> Plan | BadRow:
         trained = self._trained_turns()
-        if not trained:
-            return BadRow(self.where, "nothing to train", "No answer of the row is to be trained.")
+        if isinstance(trained, BadRow):
+            return trained
         try:
             full = self.render(self.messages)
             self.planner.check_tools(self)
@@ -141,11 +141,34 @@ class _Turns:
             messages, tools or self.tools, add_generation_prompt=prompt, **self.kwargs
         )
 
-    def _trained_turns(self) -> list[int]:
-        turns = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
+    def _trained_turns(self) -> list[int] | BadRow:
+        """The messages to be trained: never none."""
+        turns = list(range(len(self.messages)))
+        if self.planner.train_on != "all":
+            asked = next((i for i in turns if self._asks_in_vain(self.messages[i])), None)
+            if asked is not None:
+                role = self.messages[asked]["role"]
+                return BadRow(
+                    self.where,
+                    "only an assistant's message can be trained",
+                    f"Message {asked + 1} ({role}) has train: true (or weight: 1); remove it, or set "
+                    "train_on: all.",
+                )
+            turns = [i for i in turns if self.messages[i]["role"] == "assistant"]
         if self.planner.train_on == "last":
             turns = turns[-1:]
-        return [i for i in turns if self.messages[i].get("train") is not False]
+        turns = [i for i in turns if self.messages[i].get("train") is not False]
+        if not turns:
+            kind = "message" if self.planner.train_on == "all" else "assistant message"
+            return BadRow(
+                self.where, "nothing to train", f"No {kind} of the row is to be trained."
+            )
+        return turns
+
+    @staticmethod
+    def _asks_in_vain(message: dict[str, Any]) -> bool:
+        """Whether a message that is no answer is to be trained: where it ends no template says."""
+        return message["role"] != "assistant" and message.get("train") is True
 
     # -- templates with tags --------------------------------------------------------------------
 
@@ -185,8 +208,8 @@ class _Turns:
         notes = (
             [] if all(text.endswith(self._stop, 0, end) for text, _, end in answers) else [_NO_STOP]
         )
-        whole = joint and self._lost(full.text, trained) is None
-        if whole and self.planner.multi_turn != "per_turn":
+        lost = self._lost(full.text, trained)
+        if joint and lost is None and self.planner.multi_turn != "per_turn":
             return Plan([Marked(full.text, [(start, end) for _, start, end in answers])], notes)
         if self.planner.multi_turn == "joint" and not joint:
             raise UserError(
@@ -194,6 +217,8 @@ class _Turns:
                 "once the conversation goes on, so multi_turn: joint would not train what inference sees. "
                 "Set multi_turn: auto or per_turn"
             )
+        if lost is not None and (self.planner.multi_turn == "joint" or lost not in trained):
+            raise self.left_out(self._lacking(lost))
         for k, (text, _, _) in zip(trained, answers, strict=True):
             self._hold(text, k)
         if len(answers) > 1:

@@ -36,6 +36,9 @@ from fastsft.model.extras import (
     saved_names,
     train_modules,
 )
+from fastsft.model.files import ADAPTER_CONFIG as CONFIG
+from fastsft.model.files import ADAPTER_WEIGHTS as WEIGHTS
+from fastsft.model.files import adapter_weights, read_adapter_config
 from fastsft.model.lora import AdapterSettings, LoraSet, wrap_linear
 from fastsft.model.targets import (
     ALL_LINEAR,
@@ -54,16 +57,7 @@ if TYPE_CHECKING:
     from fastsft.config import LoraConfig
 
 PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENS = ".token_adapter.trainable_tokens_delta"
-
-# Options under which A and B alone do not say what the adapter computes.
-REFUSED = (
-    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
-    "alora_invocation_tokens", "velora_config", "kasa_config", "monteclora_config", "arrow_config",
-)  # fmt: skip
-# Initialisations that also change the base weights.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 # --- writing ---------------------------------------------------------------------------------------
@@ -139,54 +133,9 @@ def save_adapter(
 # --- reading ---------------------------------------------------------------------------------------
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, checked to be a LoRA adapter that can be continued. Raises UserError if not."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise UserError(
-            f"adapter {folder}: there is no {CONFIG}; give a folder that PEFT or fastsft has written"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(
-            f"{path}: expected an object with PEFT's settings; got a {type(config).__name__}"
-        )
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"{path}: peft_type is {kind!r}; only LORA adapters can be continued")
-    for key in REFUSED:
-        if config.get(key):
-            raise UserError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be continued")
-    if config.get("bias", "none") != "none":
-        raise UserError(
-            f"{path}: bias is {config['bias']!r}, which trains base biases; only 'none' can be continued"
-        )
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(CHANGES_BASE):
-        raise UserError(
-            f"{path}: init_lora_weights is {start!r}, which changes the base model; save it from PEFT with"
-            " path_initial_model_for_weight_conversion, or merge it first"
-        )
-    for key, kinds in (("r", int), ("lora_alpha", (int, float))):
-        if not isinstance(config.get(key), kinds) or config[key] <= 0:
-            raise UserError(f"{path}: {key} is {config.get(key)!r}; expected a positive number")
-    return config
-
-
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors, PEFT's prefix taken off. Raises UserError on a missing or damaged file."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        old = (folder / "adapter_model.bin").is_file()
-        hint = (
-            "it holds a pickle, which is not read; save it again from PEFT as safetensors"
-            if old
-            else "is it whole?"
-        )
-        raise UserError(f"adapter {folder}: there is no {WEIGHTS}; {hint}")
+    path = adapter_weights(folder)
     try:
         with safe_open(path, framework="pt") as file:
             return {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

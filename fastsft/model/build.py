@@ -24,7 +24,7 @@ from fastsft.errors import UserError
 from fastsft.model.adapter import load_adapter
 from fastsft.model.compat import CompatEngine
 from fastsft.model.context import StepContext
-from fastsft.model.extras import resize_vocabulary
+from fastsft.model.extras import resize_vocabulary, train_token_rows
 from fastsft.model.load import load_model, resolve_model, save_model
 from fastsft.model.lora import LoraSet, add_adapters, trainable_summary
 from fastsft.model.memory import estimate_memory
@@ -223,9 +223,26 @@ def _adapters(
         return load_adapter(resume_from / "adapter", model, context)
     if config.adapter is not None:
         given = config.lora if "lora" in config.model_fields_set else None
-        return load_adapter(Path(config.adapter), model, context, expected=given)
+        adapters = load_adapter(Path(config.adapter), model, context, expected=given)
+        _train_new_tokens(adapters, tokenizer)
+        return adapters
     return add_adapters(
         model, config.lora, seed=config.seed, context=context, new_token_ids=tokenizer.new_ids
+    )
+
+
+def _train_new_tokens(adapters: LoraSet, tokenizer: Tokenizer) -> None:
+    """Rows for control tokens the continued adapter does not know yet."""
+    known = adapters.tokens.ids if adapters.tokens is not None else []
+    if set(tokenizer.new_ids) <= set(known):
+        return
+    if known:
+        raise UserError(
+            "new_tokens: the adapter trains rows of its own for other tokens, and they cannot be joined; "
+            "use the chat_template it was made with"
+        )
+    adapters.tokens = train_token_rows(
+        adapters.model, tokenizer.new_ids, trained_whole=list(adapters.saved)
     )
 
 

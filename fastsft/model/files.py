@@ -23,9 +23,17 @@ from fastsft.errors import UserError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What a checkpoint needs; not the same weights a second time as .bin, .gguf or consolidated.safetensors.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py"]
 HUB_EXCEPT = ["*/*", "consolidated*"]
+# Options under which A and B alone do not say what the adapter computes.
+REFUSED = (
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
+    "alora_invocation_tokens", "velora_config", "kasa_config", "monteclora_config", "arrow_config",
+)  # fmt: skip
+# Initialisations that also change the base weights.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def resolve_model(name: str, revision: str | None = None) -> Path:
@@ -89,7 +97,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json as a dictionary. Raises UserError without one, saying what the folder is instead."""
     path = folder / "config.json"
     if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
             raise UserError(
                 f"model: {folder} holds an adapter, not a model; give its base as model and this folder as "
                 "adapter"
@@ -97,10 +105,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"model: {folder} has no config.json; give a folder in transformers' layout"
         )
-    return _read_json(path)
+    return read_json(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises UserError where it is something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -132,7 +141,7 @@ def check_weights(folder: Path) -> dict[str, Path]:
 
 
 def _check_shards(folder: Path) -> dict[str, Path]:
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{folder / INDEX} has no weight_map; fetch the file again")
     headers: dict[str, dict[str, Any]] = {}
@@ -175,6 +184,50 @@ def read_header(path: Path) -> dict[str, Any]:
             "fetch it again"
         )
     return header
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json, checked to be a LoRA adapter that can be continued. Raises UserError if not."""
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise UserError(
+            f"adapter {folder}: there is no {ADAPTER_CONFIG}; give a folder that PEFT or fastsft has written"
+        )
+    config = read_json(path)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type is {kind!r}; only LORA adapters can be continued")
+    for key in REFUSED:
+        if config.get(key):
+            raise UserError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be continued")
+    if config.get("bias", "none") != "none":
+        raise UserError(
+            f"{path}: bias is {config['bias']!r}, which trains base biases; only 'none' can be continued"
+        )
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(CHANGES_BASE):
+        raise UserError(
+            f"{path}: init_lora_weights is {start!r}, which changes the base model; save it from PEFT with"
+            " path_initial_model_for_weight_conversion, or merge it first"
+        )
+    for key, kinds in (("r", int), ("lora_alpha", (int, float))):
+        if not isinstance(config.get(key), kinds) or config[key] <= 0:
+            raise UserError(f"{path}: {key} is {config.get(key)!r}; expected a positive number")
+    return config
+
+
+def adapter_weights(folder: Path) -> Path:
+    """The file of an adapter's tensors. Raises UserError where there is none."""
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        old = (folder / "adapter_model.bin").is_file()
+        hint = (
+            "it holds a pickle, which is not read; save it again from PEFT as safetensors"
+            if old
+            else "is it whole?"
+        )
+        raise UserError(f"adapter {folder}: there is no {ADAPTER_WEIGHTS}; {hint}")
+    return path
 
 
 @contextlib.contextmanager

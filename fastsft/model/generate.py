@@ -98,20 +98,21 @@ def prompt_ids(
     if template is None:
         if not isinstance(messages, str):
             raise UserError("this model has no chat template; give it a text to go on with")
-        begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-        ids = begin + tokenizer.encode(messages)
+        ids, bos = tokenizer.encode(messages), tokenizer.bos_id
+        if bos is not None and tokenizer.adds_bos and ids[:1] != [bos]:
+            ids = [bos, *ids]
         if not ids:
             raise UserError("an empty prompt gives the model nothing to go on with")
         return ids
-    from fastsft.data.templates import TemplateRefused
+    from fastsft.data.encode import encode_prompt
+    from fastsft.data.rendering import TemplateRefused
 
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     try:
-        rendered = template.render(messages, add_generation_prompt=True)
+        return encode_prompt(tokenizer, template, messages)
     except TemplateRefused as error:
         raise UserError(f"the chat template {template.name} refuses this prompt: {error}") from None
-    return tokenizer.encode(rendered.text)
 
 
 class _Streamer(BaseStreamer):

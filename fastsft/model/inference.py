@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastsft.errors import UserError
-from fastsft.model.adapter import load_adapter, read_adapter_config
+from fastsft.model.adapter import load_adapter
 from fastsft.model.context import StepContext
+from fastsft.model.files import read_adapter_config
 from fastsft.model.load import is_prequantized, load_model, resolve_model
 
 if TYPE_CHECKING:
@@ -132,12 +133,10 @@ def load_subject(
 
 def load_tokenizer(subject: Subject) -> Tokenizer:
     """The tokenizer that was saved with the adapter; an adapter without one uses its base's."""
-    from fastsft.data.tokenizer import Tokenizer
+    from fastsft.data.tokenizer import Tokenizer, holds_tokenizer
 
-    has_own = any(
-        (subject.folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")
-    )
-    return Tokenizer.load(subject.folder if has_own else subject.base_folder())
+    folder = subject.folder if holds_tokenizer(subject.folder) else subject.base_folder()
+    return Tokenizer.load(folder, trust_remote_code=subject.trust_remote_code)
 
 
 def load_template(subject: Subject, tokenizer: Tokenizer) -> Template | None:

@@ -6,6 +6,8 @@ ever built. Grouped-query attention, sliding windows and soft-capped scores are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ def varlen_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    lengths: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """q [T, Hq, D], k and v [T, Hkv, D] -> o [T, Hq, D].
@@ -41,12 +44,15 @@ def varlen_attention(
     scale       of the scores, 1/sqrt(D) by default
     window      causal only: token i sees the tokens i-window+1 to i (as in transformers)
     softcap     c: scores become c tanh(scores / c)
+    lengths     host copy of the S document lengths, when the caller has them: they are believed.
+                Without it the reference reads cu_seqlens, one host synchronisation
 
-    Gradients for q, k and v. The reference reads cu_seqlens on the host.
+    Gradients for q, k and v.
     """
     op = "varlen_attention"
     choose_backend(op, backend)
-    _check(op, q, k, v, cu_seqlens, max_seqlen)
+    _check(op, q, k, v, cu_seqlens)
+    _check_lengths(op, q, cu_seqlens, max_seqlen, lengths)
     if window is not None and (window < 1 or not causal):
         raise bad(
             op,
@@ -66,10 +72,11 @@ def varlen_attention(
         scale=scale,
         window=window,
         softcap=softcap,
+        lengths=lengths,
     )
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
     check_float(op, "q", q)
     check_like(op, "k", k, "q", q)
     check_like(op, "v", v, "q", q)
@@ -86,17 +93,33 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq
             op, "cu_seqlens must be int32 [S+1]", describe(cu_seqlens), "Convert with .int()."
         )
     check_device(op, "cu_seqlens", cu_seqlens, "q", q)
-    if cu_seqlens.device.type != "cpu":
+
+
+def _check_lengths(
+    op: str, q: Tensor, cu_seqlens: Tensor, max_seqlen: int, lengths: Sequence[int] | None
+) -> None:
+    """What the host knows of the documents; a GPU's cu_seqlens are not read for a check."""
+    if lengths is not None:
+        count = cu_seqlens.numel() - 1
+        if (len(lengths), sum(lengths)) != (count, q.shape[0]) or min(lengths, default=0) < 0:
+            raise bad(
+                op,
+                f"lengths must be those of cu_seqlens: {count} that sum to T = {q.shape[0]}",
+                f"{len(lengths)} that sum to {sum(lengths)}",
+                "Pass the document lengths, or leave them out.",
+            )
+    elif cu_seqlens.device.type == "cpu":
+        bounds = cu_seqlens.tolist()
+        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        if bounds[0] != 0 or bounds[-1] != q.shape[0] or min(lengths, default=0) < 0:
+            raise bad(
+                op,
+                f"cu_seqlens must rise from 0 to T = {q.shape[0]}",
+                bounds if len(bounds) <= 8 else f"{bounds[:4]} ... {bounds[-4:]}",
+                "Pass the running sum of the document lengths, beginning with 0.",
+            )
+    else:
         return
-    bounds = cu_seqlens.tolist()
-    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-    if bounds[0] != 0 or bounds[-1] != q.shape[0] or min(lengths, default=0) < 0:
-        raise bad(
-            op,
-            f"cu_seqlens must rise from 0 to T = {q.shape[0]}",
-            bounds if len(bounds) <= 8 else f"{bounds[:4]} ... {bounds[-4:]}",
-            "Pass the running sum of the document lengths, beginning with 0.",
-        )
     if max(lengths, default=0) > max_seqlen:
         raise bad(
             op,

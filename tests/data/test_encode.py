@@ -366,7 +366,7 @@ def test_tiktoken_or_not_the_examples_are_the_same(tmp_path):
     rows = [chat(*case) for case in CASES.values()] + [text("x\n\n y"), completion("a ", "b")]
     rows.append(chat([turn("user", "a" * 150_000), ONE[1]]))
     fast = encoder_with(tokenizer)
-    fast.warm_up(rows)
+    fast.encode(rows)
     assert tokenizer.fast is not None
     again = pickle.loads(pickle.dumps(fast))
     assert again.tokenizer.fast is not None and "backend" not in vars(again.tokenizer)

@@ -244,7 +244,7 @@ def test_errors_name_the_file(tmp_path):
     where = folder(tmp_path / "t", byte_level(), eos_token="</s>")
     whole = (where / "tokenizer.json").read_text()
     (where / "tokenizer.json").write_text(whole[:1000])
-    with pytest.raises(UserError, match=r"tokenizer\.json is not JSON"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not valid JSON"):
         Tokenizer.load(where)
     (where / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="holds no tokenizer"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fastsft_kernels import varlen_attention
 from torch.autograd import gradcheck
+from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
@@ -113,3 +114,73 @@ def test_strided_heads_low_precision_and_no_tokens():
     empty = torch.empty(0, 2, 8)
     assert varlen_attention(empty, empty, empty, cu_seqlens([]), 0).shape == (0, 2, 8)
     assert varlen_attention(empty, empty, empty, cu_seqlens([0, 0]), 0).shape == (0, 2, 8)
+
+
+# --- what the caller knows, and what a GPU must not do ---------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 0.7}], ids=str)
+def test_lengths_from_the_host_change_nothing_and_spare_the_wait(options):
+    """On the meta device every read of a value raises, as a GPU would have to wait for it."""
+    q, k, v = heads(sum(LENGTHS), 4), heads(sum(LENGTHS), 2), heads(sum(LENGTHS), 2)
+    bounds = cu_seqlens(LENGTHS)
+    want = varlen_attention(q, k, v, bounds, max(LENGTHS), **options)
+    got = varlen_attention(q, k, v, bounds, max(LENGTHS), lengths=LENGTHS, **options)
+    assert torch.equal(got, want)
+    q, k, v, bounds = (x.detach().to("meta").requires_grad_(x.requires_grad) for x in (q, k, v, bounds))
+    with pytest.raises(RuntimeError, match="meta"):
+        varlen_attention(q, k, v, bounds, max(LENGTHS), **options)
+    out = varlen_attention(q, k, v, bounds, max(LENGTHS), lengths=tuple(LENGTHS), **options)
+    out.sum().backward()
+    assert out.shape == q.grad.shape and k.grad.shape == k.shape
+
+
+class Shared(TorchFunctionMode):
+    """What each call of torch's attention is told about heads: enable_gqa, query heads, key heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.calls.append((kwargs["enable_gqa"], args[0].shape[1], args[1].shape[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "options", "shared"),
+    [
+        (torch.bfloat16, 64, {}, True),
+        (torch.bfloat16, 64, {"window": 3}, False),  # a mask
+        (torch.bfloat16, 512, {}, False),
+        (torch.float32, 64, {}, False),
+    ],
+)
+def test_off_the_cpu_heads_are_repeated_where_no_fused_kernel_shares_them(
+    dtype, size, options, shared
+):
+    q, k = (torch.empty(8, n, size, dtype=dtype, device="meta") for n in (4, 2))
+    with Shared() as seen:
+        varlen_attention(q, k, k, cu_seqlens([8]).to("meta"), 8, lengths=[8], **options)
+    assert seen.calls == [(True, 4, 2) if shared else (False, 4, 4)]
+    with Shared() as seen:
+        k = torch.randn(8, 2, 8)
+        varlen_attention(torch.randn(8, 4, 8), k, k, cu_seqlens([8]), 8, **options)
+    assert seen.calls == [(True, 4, 2)]
+
+
+def test_repeated_heads_give_the_same_attention(monkeypatch):
+    from fastsft_kernels.reference import attention
+
+    q, k, v = heads(sum(LENGTHS), 4), heads(sum(LENGTHS), 2), heads(sum(LENGTHS), 2)
+    upstream = torch.randn_like(q)
+
+    def run():
+        out = varlen_attention(q, k, v, cu_seqlens(LENGTHS), max(LENGTHS), window=5)
+        return out, *torch.autograd.grad(out, [q, k, v], upstream)
+
+    want = run()
+    monkeypatch.setattr(attention, "_can_share_heads", lambda *_: False)
+    for got, expected in zip(run(), want, strict=True):
+        torch.testing.assert_close(got, expected)

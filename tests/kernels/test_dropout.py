@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fastsft_kernels import DropoutKey, lora_dropout_mask
+from fastsft_kernels import DropoutKey, dropout, lora_dropout_mask
 from fastsft_kernels.dropout import philox
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ONES = 0xFFFFFFFF
 KNOWN = [  # counter, key, answer: Random123's kat_vectors for philox4x32-10
@@ -48,6 +49,39 @@ def test_pieces_do_not_show():
     whole = lora_dropout_mask(key, 64, 0.5)
     part = lora_dropout_mask(key._replace(rows=key.rows[8190:8195]), 64, 0.5)
     assert torch.equal(whole[8190:8195], part)
+
+
+@pytest.mark.parametrize("piece", [1, 100, 1 << 30])
+def test_the_size_of_a_piece_changes_no_number(piece, monkeypatch):
+    key = DropoutKey(1, 2, 3, torch.arange(300))
+    whole = lora_dropout_mask(key, 50, 0.5)
+    monkeypatch.setattr(dropout, "CPU_PIECE", piece)
+    assert torch.equal(lora_dropout_mask(key, 50, 0.5), whole)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the ops that reach a device and the bytes of the largest tensor they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += 1
+        if isinstance(out, torch.Tensor) and out.dtype == torch.int64:
+            self.largest = max(self.largest, out.untyped_storage().nbytes())
+        return out
+
+
+def test_off_the_cpu_a_mask_takes_few_launches_and_bounded_memory():
+    """16k tokens of an 8B model's layer. Each op on the meta device stands for one kernel launch."""
+    key = DropoutKey(1, 2, 3, torch.empty(16384, dtype=torch.int64, device="meta"))
+    with Launches() as launches:
+        mask = lora_dropout_mask(key, 4096, 0.1)
+    assert mask.shape == (16384, 4096)
+    assert launches.count < 1000
+    assert launches.largest <= 64 << 20
 
 
 def test_permuted_rows_permute_the_mask():

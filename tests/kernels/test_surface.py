@@ -115,6 +115,9 @@ BAD = [
     (fk.varlen_attention, (HEADS, HEADS, HEADS, cu(0, 3, 2, 4), 4), {}, "rise from 0 to T = 4"),
     (fk.varlen_attention, (HEADS, HEADS, HEADS, cu(1, 4), 4), {}, "rise from 0 to T = 4"),
     (fk.varlen_attention, (HEADS, HEADS, HEADS, CU, 3), {}, "max_seqlen is shorter.*got 3"),
+    (fk.varlen_attention, (HEADS, HEADS, HEADS, CU, 4), {"lengths": [3]}, "lengths must be"),
+    (fk.varlen_attention, (HEADS, HEADS, HEADS, CU, 4), {"lengths": [2, 2]}, "lengths must be"),
+    (fk.varlen_attention, (HEADS, HEADS, HEADS, CU, 3), {"lengths": [4]}, "max_seqlen is shorter"),
     (fk.varlen_attention, (HEADS, HEADS, HEADS, CU, 4), {"window": 0}, "window must be"),
     (
         fk.varlen_attention,

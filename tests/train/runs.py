@@ -45,6 +45,15 @@ def write_rows(path: Path, count: int = 24) -> Path:
     return path
 
 
+def written(path: Path, *rows: dict[str, Any] | str) -> str:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
+def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
 def small_model(folder: Path, **options: Any) -> Path:
     """The model in `folder`, written if it is not there."""
     if not (folder / "config.json").exists():

@@ -77,6 +77,7 @@ WRONG = {
     "val_size=1.5": "a share; from 1 on it is a number of rows",
     "data=[]": "the list is empty",
     "learning_rate=[": "not valid YAML",
+    "seed=4294967296": "seed: expected less than 4294967296",
     "novalue": "neither a config file nor key=value",
     "model.x=1": "model is 'm', which has no keys inside",
 }

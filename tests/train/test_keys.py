@@ -26,7 +26,9 @@ from runs import (
     small_model,
     taken,
     texts,
+    turn,
     write_rows,
+    written,
 )
 from small_run import write_tokenizer
 from torch import nn
@@ -71,15 +73,6 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache(place, monkeypatch):
     monkeypatch.setenv("FASTSFT_CACHE", str(place / "cache"))
-
-
-def written(path: Path, *rows: dict[str, Any] | str) -> str:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-    return str(path)
-
-
-def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
 
 
 def plan(place: Path, **keys: Any) -> list[int]:

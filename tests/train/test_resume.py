@@ -200,6 +200,15 @@ def test_a_changed_key_is_named(place, whole, message):
     assert sorted(p.name for p in folder.rglob("*")) == before
 
 
+def test_changed_data_is_noticed(place):
+    """The path is the same and so is the config; what is in the file is not."""
+    keys = {"data": str(write_rows(place / "changing.jsonl", 12)), "epochs": 2}
+    folder = run(place, **keys, output_dir="changing").output_dir
+    write_rows(place / "changing.jsonl", 13)
+    with pytest.raises(UserError, match="the files under data have changed"):
+        run(place, **{**keys, "epochs": 3}, resume=str(folder))
+
+
 def test_allowed_keys_may_change(place, tmp_path):
     """A finished run of one epoch goes on for two more; eval, save and logging keys may differ."""
     keys = {"epochs": 1, "lora": {"r": 2}, "lr_scheduler": "constant", "batch_size": 8}
