@@ -13,11 +13,9 @@ what is damaged later (a copy that broke off, a full disk on another machine) is
 Optimizer tensors are memory-mapped on load, so that resuming needs no second copy in memory.
 """
 
-import errno
 import json
 import os
 import random
-import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -28,11 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastsft.disk import STEP_NAME, is_disk_full, sync
 from fastsft.errors import UserError
 
 STATE = "state.json"
 _TENSORS = "tensors.pt"
-STEP_NAME = re.compile(r"step-(\d+)")
 _LEFT_OVER = ".unfinished-"
 
 
@@ -80,7 +78,7 @@ def save_checkpoint(
         _write_state(temporary, {"step": step, **state})
         _sync_tree(temporary)
     except BaseException as error:
-        message = _no_space(temporary, step) if _disk_is_full(error, parent) else None
+        message = _no_space(temporary, step) if is_disk_full(error, parent) else None
         _remove(temporary)
         if message:
             raise UserError(message) from error
@@ -93,7 +91,7 @@ def save_checkpoint(
         _remove(replaced)
     else:
         temporary.rename(final)
-    _sync(parent)
+    sync(parent)
     return final
 
 
@@ -246,33 +244,15 @@ def _file_crc(path: Path) -> int:
     return crc
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sync_tree(folder: Path) -> None:
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
-            _sync(Path(root) / name)
-        _sync(Path(root))
+            sync(Path(root) / name)
+        sync(Path(root))
 
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _disk_is_full(error: BaseException, folder: Path) -> bool:
-    """Whether a failed save means no space; safetensors and torch say so only in words."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if not isinstance(error, Exception):
-        return False
-    spelled = "no space left" in str(error).lower() or "os error 28" in str(error).lower()
-    return spelled or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20)
 
 
 def _no_space(temporary: Path, step: int) -> str:

@@ -1,7 +1,7 @@
 """argv -> one call. Nothing else; and nothing heavy is imported before a command is known.
 
 Exit codes: 0 done, 1 a bug (traceback), 2 the user can fix it (one message, no traceback),
-130 interrupted with a checkpoint written.
+130 interrupted (a run that had begun has written a checkpoint).
 """
 
 from __future__ import annotations

@@ -142,7 +142,9 @@ class Config(_Strict):
     def _kwargs_leave_ours_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
         taken = [name for name in TEMPLATE_ARGUMENTS if name in value]
         if taken:
-            raise ValueError(f"{', '.join(taken)} cannot be given; the trainer sets it for each row")
+            raise ValueError(
+                f"{', '.join(taken)} cannot be given; the trainer sets it for each row"
+            )
         return value
 
     @field_validator("lora", mode="before")
@@ -212,7 +214,7 @@ class Config(_Strict):
 
 # What other trainers call our keys, or why there is no such key here.
 PEERS_NAMES = {
-    "per_device_train_batch_size": "batch_size (examples per optimizer step); micro_batch_tokens bounds memory",
+    "per_device_train_batch_size": "batch_size (examples per optimizer step, whatever the memory)",
     "gradient_accumulation_steps": "batch_size (examples per optimizer step; accumulation follows from it)",
     "micro_batch_size": "batch_size (examples per optimizer step) and micro_batch_tokens",
     "per_device_eval_batch_size": "micro_batch_tokens (evaluation is weighted by token, whatever the batch)",

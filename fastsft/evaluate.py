@@ -56,7 +56,9 @@ def evaluate(name: str, overrides: list[str]) -> dict[str, Any]:
         record = sums.record(0)
         del record["step"]
         for key, value in record.items():
-            console.print(f"{key}: {value:,.6g}" if isinstance(value, float) else f"{key}: {value:,}")
+            console.print(
+                f"{key}: {value:,.6g}" if isinstance(value, float) else f"{key}: {value:,}"
+            )
     return record
 
 
@@ -73,7 +75,9 @@ def _config(subject: Subject, overrides: list[str]) -> Config:
     given = load_config(None, ["model=unused", *overrides])
     idle = sorted(given.model_fields_set - {"model", *GIVEN})
     if idle:
-        raise UserError(f"eval has no use for {', '.join(idle)}; it takes {', '.join(sorted(GIVEN))}")
+        raise UserError(
+            f"eval has no use for {', '.join(idle)}; it takes {', '.join(sorted(GIVEN))}"
+        )
     plain = given.model_dump()
     changed = {key: plain[key] for key in given.model_fields_set - {"model"}}
     return make_config({**values, **changed}, "command line")

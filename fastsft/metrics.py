@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -147,6 +147,15 @@ class Meter:
     def start(self) -> None:
         """The next step's time counts from here."""
         self._mark = self._clock.mark()
+
+    def state(self) -> dict[str, Any]:
+        """The window under way as JSON, for a checkpoint; only after `poll(wait=True)`."""
+        assert not self._queue, "poll(wait=True) first"
+        return asdict(self._window)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with a window that `state` gave."""
+        self._window = _Window(**state)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsft.checkpoint import STATE, STEP_NAME, Checkpoint, load_checkpoint, newest_whole
+from fastsft.checkpoint import STATE, Checkpoint, load_checkpoint, newest_whole
+from fastsft.disk import STEP_NAME
 from fastsft.errors import UserError
 
 if TYPE_CHECKING:
     from fastsft.config import Config
 
 MAY_CHANGE_ON_RESUME = (
+    "early_stopping_patience",
     "epochs",
     "eval_steps",
     "logging_steps",

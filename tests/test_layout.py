@@ -15,19 +15,24 @@ PACKAGES = {"fastsft": ROOT / "fastsft", "fastsft_kernels": ROOT / "kernels" / "
 LAYERS = [
     ("fastsft_kernels", set()),
     ("fastsft.errors", set()),
+    ("fastsft.disk", set()),
+    ("fastsft.device", {"errors"}),
     ("fastsft.builtin", {"errors"}),
     ("fastsft.config", {"errors"}),
     ("fastsft.data", {"errors", "config", "builtin", "model.files"}),
-    ("fastsft.model", {"errors", "config", "builtin", "data", "console", "fastsft_kernels"}),
+    (
+        "fastsft.model",
+        {"errors", "config", "builtin", "data", "console", "device", "disk", "fastsft_kernels"},
+    ),
     ("fastsft.optim", {"errors", "config"}),
-    ("fastsft.checkpoint", {"errors", "config"}),
-    ("fastsft.run_folder", {"errors", "config", "checkpoint"}),
+    ("fastsft.checkpoint", {"errors", "config", "disk"}),
+    ("fastsft.run_folder", {"errors", "config", "checkpoint", "disk"}),
     ("fastsft.metrics", {"errors", "config", "optim"}),
     ("fastsft.reporters", {"errors", "config", "metrics"}),
     ("fastsft.plot", {"errors", "metrics"}),
     ("fastsft.console", {"errors"}),
     ("fastsft.selfcheck", {"errors", "fastsft_kernels"}),
-    ("fastsft.doctor", {"errors", "console", "selfcheck", "fastsft_kernels"}),
+    ("fastsft.doctor", {"errors", "console", "device", "selfcheck", "fastsft_kernels"}),
 ]
 
 
@@ -75,7 +80,7 @@ def test_imports_point_down(layer, allowed):
 
 def test_every_module_has_a_layer():
     known = [name for name, _ in LAYERS]
-    top = {"fastsft", "fastsft.__main__", "fastsft.cli", "fastsft.trainer", "fastsft.evaluate", "fastsft.preparation"}
+    top = {"fastsft", "fastsft.__main__", "fastsft.cli", "fastsft.trainer", "fastsft.run", "fastsft.evaluate", "fastsft.preparation"}
     loose = [
         m
         for m in map(module_of, python_files())

@@ -50,6 +50,8 @@ class MicroBatch:
     row_key: Any  # int64[T], (sequence, position): what keys dropout's random numbers
     step_trained: int  # trained tokens of the whole optimizer step
     tokens: int  # real tokens, the tail not counted
+    lengths: tuple[int, ...]  # of the S documents: cu_seqlens as the host knows it
+    targets: tuple[int, ...]  # trained tokens of each document, n in all
     sequences: tuple[int, ...]
 
 
@@ -201,13 +203,16 @@ def collate(documents: Sequence[Document], step_trained: int, *, round_to: int =
     row_key = np.zeros(total, np.int64)
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
+    targets = []
     for d, begin in zip(documents, cu_seqlens, strict=False):
         end = begin + len(d.ids)
+        targets.append(trained_targets(d.trained))
         ids[begin:end] = d.ids
         labels[begin : end - 1] = np.where(d.trained[1:], d.ids[1:], IGNORE)
         positions[begin:end] = np.arange(end - begin)
         row_key[begin:end] = (np.int64(d.key) << ROW_KEY_SHIFT) + np.arange(end - begin)
     if tail:
+        targets.append(0)
         positions[tokens:] = np.arange(tail)
         row_key[tokens:] = -1 - np.arange(tail)  # no document has negative keys
     return MicroBatch(
@@ -220,6 +225,8 @@ def collate(documents: Sequence[Document], step_trained: int, *, round_to: int =
         row_key=row_key,
         step_trained=step_trained,
         tokens=tokens,
+        lengths=tuple(lengths),
+        targets=tuple(targets),
         sequences=tuple(d.key for d in documents),
     )
 

@@ -61,7 +61,9 @@ class Streamed:
     stream: ExampleStream
     eval: TokenStore | None
     report: DataReport
-    digest: str  # of the sources, tokenizer and template: a stream's tokens are not known beforehand
+    digest: (
+        str  # of the sources, tokenizer and template: a stream's tokens are not known beforehand
+    )
 
 
 def split(store: TokenStore, val_size: float, seed: int) -> tuple[TokenStore, TokenStore]:

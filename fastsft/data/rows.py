@@ -299,7 +299,8 @@ def _leave_ours_alone(kwargs: dict[str, Any]) -> None:
     taken = next((name for name in TEMPLATE_ARGUMENTS if name in kwargs), None)
     if taken:
         raise _Refused(
-            "reserved name", f"'chat_template_kwargs' sets {taken!r}, which the trainer itself sets."
+            "reserved name",
+            f"'chat_template_kwargs' sets {taken!r}, which the trainer itself sets.",
         )
 
 

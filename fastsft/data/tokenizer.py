@@ -248,8 +248,13 @@ class Tokenizer:
         facts = [self.special_tokens, self.stop_ids, self.adds_bos, self.adds_eos]
         return hashlib.sha256((self._json + json.dumps(facts)).encode()).hexdigest()
 
-    def save(self, folder: Path, template: Template | None = None) -> None:
-        """Write the tokenizer's files, the template, and a generation config that names every stop."""
+    def save(
+        self, folder: Path, template: Template | None = None, *, generation: bool = True
+    ) -> None:
+        """Write the tokenizer's files, the template, and a generation config that names every stop.
+
+        generation: False beside a model, which has a generation config of its own.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
             if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
@@ -264,6 +269,8 @@ class Tokenizer:
         source = template.source if template else self.chat_template
         if source is not None:
             (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+        if not generation:
+            return
         stops = list(template.stop_ids if template else self.stop_ids)
         generation = _read_optional(self.folder / "generation_config.json")
         if stops:

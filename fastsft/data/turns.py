@@ -160,9 +160,7 @@ class _Turns:
         turns = [i for i in turns if self.messages[i].get("train") is not False]
         if not turns:
             kind = "message" if self.planner.train_on == "all" else "assistant message"
-            return BadRow(
-                self.where, "nothing to train", f"No {kind} of the row is to be trained."
-            )
+            return BadRow(self.where, "nothing to train", f"No {kind} of the row is to be trained.")
         return turns
 
     @staticmethod

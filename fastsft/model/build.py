@@ -20,12 +20,14 @@ import torch
 from torch import nn
 
 from fastsft.config import Config, LoraConfig
+from fastsft.device import choose_dtype
 from fastsft.errors import UserError
 from fastsft.model.adapter import load_adapter
 from fastsft.model.compat import CompatEngine
 from fastsft.model.context import StepContext
 from fastsft.model.extras import resize_vocabulary, train_token_rows
-from fastsft.model.load import load_model, resolve_model, save_model
+from fastsft.model.files import written_whole
+from fastsft.model.load import cast_model, kept_in_fp32, load_model, resolve_model, save_model
 from fastsft.model.lora import LoraSet, add_adapters, trainable_summary
 from fastsft.model.memory import estimate_memory
 
@@ -90,36 +92,32 @@ class Built:
         return total - trained - outside, trained
 
     def write(self, parent: Path, *, masters: bool) -> None:
-        """Write adapter/ or model/ under `parent`: fp32 masters for a checkpoint, else the product's dtype."""
+        """Write adapter/ or model/ under `parent`: fp32 masters, or the product's dtype."""
         folder = parent / self.product
         folder.mkdir(parents=True, exist_ok=True)
         if self.adapters is not None:
             self.adapters.save(folder, self.config.model, self.config.revision)
-            self._write_generation_config(folder)
+            self.tokenizer.save(folder, self.template)
         else:
+            self.tokenizer.save(folder, self.template, generation=False)
             dtype = torch.float32 if masters else self.product_dtype
             save_model(self.model, folder, dtype, stop_ids=self.stop_ids)
-        self.tokenizer.save(folder, self.template)
 
     def write_from(self, checkpoint: Path, parent: Path) -> None:
         """The product as it stood at an earlier checkpoint, under `parent`."""
         source, folder = checkpoint / self.product, parent / self.product
-        shutil.copytree(source, folder, dirs_exist_ok=True)
         if self.adapters is None:
-            model = load_model(source, quantize=False, dtype=self.product_dtype)
-            save_model(model, folder, self.product_dtype, stop_ids=self.stop_ids)
-
-    def _write_generation_config(self, folder: Path) -> None:
-        stops = list(self.stop_ids)
-        values = {"eos_token_id": stops, "bos_token_id": self.tokenizer.bos_id}
-        (folder / "generation_config.json").write_text(json.dumps(values, indent=2) + "\n")
+            cast_model(source, folder, self.product_dtype, fp32=kept_in_fp32(self.model))
+        else:
+            with written_whole(folder) as staging:
+                shutil.copytree(source, staging, dirs_exist_ok=True)
 
 
 def refuse_what_is_not_there(config: Config) -> None:
     """Keys of the surface whose machinery this version lacks are refused, never ignored."""
     if config.engine == "fast":
         raise UserError(
-            "engine: fast is not part of this version (it needs the Triton kernels); use engine: auto or compat"
+            "engine: fast is not part of this version (it needs the Triton kernels); use auto or compat"
         )
     if config.activations in ("recompute_mlp", "offload"):
         raise UserError(
@@ -131,18 +129,6 @@ def refuse_what_is_not_there(config: Config) -> None:
             f"vram: {config.vram} cannot be promised: the memory planner is not part of this version; "
             "leave vram: auto and lower micro_batch_tokens if memory runs out"
         )
-
-
-def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of the computation: bf16 where the card has it, else fp32."""
-    if config.dtype == "fp32":
-        return torch.float32
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.dtype == "bf16" and device.type == "cuda" and not native:
-        raise UserError(
-            f"dtype: bf16 is not in the hardware of {torch.cuda.get_device_name(device)}; use dtype: fp32"
-        )
-    return torch.bfloat16 if native or config.dtype == "bf16" else torch.float32
 
 
 def checkpoint_dtype(folder: Path) -> torch.dtype | None:
@@ -170,7 +156,7 @@ def build(
     """
     refuse_what_is_not_there(config)
     full = config.method == "full"
-    dtype = choose_dtype(config, device)
+    dtype = choose_dtype(config.dtype, device)
     folder = resolve_model(config.model, config.revision)
     model = load_model(
         resume_from / "model" if full and resume_from else folder,
@@ -205,11 +191,22 @@ def build(
         template=template,
         dtype=dtype,
         product_dtype=checkpoint_dtype(folder) or torch.bfloat16,
-        reason=f"transformers' {type(model).__name__} with our adapters, attention and loss; "
-        f"activations: {activations}",
+        reason=_reason(config, engine, activations),
         micro_batch_tokens=tokens,
         predicted_memory=predicted,
     )
+
+
+def _reason(config: Config, engine: CompatEngine, activations: str) -> str:
+    """Why this engine, and which parts of it are ours."""
+    asked = config.engine != "auto"
+    why = "as asked for" if asked else "the fast engine is not part of this version"
+    parts = [] if config.method == "full" else ["our adapters"]
+    packed = "our attention over packed documents"
+    parts.append("its own attention (one document at a time)" if engine.isolate else packed)
+    parts.append("its own logits" if engine.head.own else "our loss")
+    listed = f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"{why}: transformers' {type(engine.model).__name__} with {listed}; activations: {activations}"
 
 
 def _adapters(

@@ -9,8 +9,8 @@ that lets documents see each other runs them one by one, a head that is more tha
 its own code. `notes` says what was found.
 
 Slower than a decoder of our own but right; the fast engine is measured against it. Nothing here waits
-for the device, except where documents run one by one: their lengths are then read on the host, once a
-micro-batch.
+for the device: what the host must know of a micro-batch came with it. (A model's own code may wait, as
+mixtures of experts do to route.)
 
 Dropout inside the base model is switched off: its random numbers would depend on the packing.
 """
@@ -18,7 +18,6 @@ Dropout inside the base model is switched off: its random numbers would depend o
 from __future__ import annotations
 
 import inspect
-from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -104,25 +103,27 @@ class CompatEngine:
                 return LossOutput(zero, torch.zeros((), dtype=torch.int64, device=batch.ids.device))
             losses, corrects = zip(*parts, strict=True)
             return LossOutput(torch.stack(losses).sum(), torch.stack(corrects).sum())
-        self._describe(batch, slice(None), batch.cu_seqlens, batch.max_seqlen)
+        self._describe(batch, slice(None), batch.cu_seqlens, batch.lengths)
         return self._score(batch.ids, batch.labels, batch.trained_rows)
 
-    def _describe(self, batch: MicroBatch, part: slice, cu_seqlens: Tensor, longest: int) -> None:
+    def _describe(
+        self, batch: MicroBatch, part: slice, cu_seqlens: Tensor, lengths: tuple[int, ...]
+    ) -> None:
         context = self.context
         context.row_key, context.positions = batch.row_key[part], batch.positions[part]
-        context.cu_seqlens, context.max_seqlen = cu_seqlens, longest
+        context.cu_seqlens, context.lengths = cu_seqlens, lengths
+        context.max_seqlen = max(lengths)
 
     def _documents(self, batch: MicroBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(ids, labels, trained rows) of each document with something to learn, the context set to it."""
-        bounds, trained = batch.cu_seqlens.tolist(), batch.trained_rows.tolist()
-        for start, end in zip(bounds, bounds[1:], strict=False):
-            first, last = bisect_left(trained, start), bisect_left(trained, end)
-            if first == last:
-                continue
-            part = slice(start, end)
-            cu_seqlens = torch.tensor([0, end - start], dtype=torch.int32, device=batch.ids.device)
-            self._describe(batch, part, cu_seqlens, end - start)
-            yield batch.ids[part], batch.labels[part], batch.trained_rows[first:last] - start
+        start = first = 0
+        for place, (length, count) in enumerate(zip(batch.lengths, batch.targets, strict=True)):
+            if count:
+                part = slice(start, start + length)
+                self._describe(batch, part, batch.cu_seqlens[place : place + 2] - start, (length,))
+                rows = batch.trained_rows[first : first + count] - start
+                yield batch.ids[part], batch.labels[part], rows
+            start, first = start + length, first + count
 
     def _score(self, ids: Tensor, labels: Tensor, rows: Tensor) -> LossOutput:
         """Forward pass of one packed row and the summed loss of its trained rows."""
@@ -162,6 +163,7 @@ class CompatEngine:
             options["position_ids"] = context.positions.long()[None]
             options["cu_seq_lens_q"] = options["cu_seq_lens_k"] = context.cu_seqlens
             options["max_length_q"] = options["max_length_k"] = context.max_seqlen
+            options["host_lengths"] = context.lengths
         return options
 
     def _hidden(self, ids: Tensor) -> Tensor:
@@ -235,10 +237,11 @@ class CompatEngine:
 
     def _probe_pack(self, documents: list[Tensor]) -> Tensor:
         device = self.model.device
-        lengths = torch.tensor([len(ids) for ids in documents])
-        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-        self.context.positions = torch.cat([torch.arange(n) for n in lengths]).int().to(device)
-        self.context.cu_seqlens, self.context.max_seqlen = ends.to(device), int(lengths.max())
+        context, lengths = self.context, tuple(len(ids) for ids in documents)
+        ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+        context.positions = torch.cat([torch.arange(n) for n in lengths]).int().to(device)
+        context.cu_seqlens, context.lengths = ends.to(device), lengths
+        context.max_seqlen = max(lengths)
         return self._hidden(torch.cat(documents))
 
     def _probe_head(self) -> probes.Head:

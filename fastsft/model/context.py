@@ -23,7 +23,7 @@ class StepContext:
     """The pass under way: seed of the run, optimizer step, and what each row of the batch is.
 
     row_key int64[T] identifies (document, position); cu_seqlens int32[S+1], max_seqlen and positions
-    int32[T] describe the packing. Tensors are None until an engine has run.
+    int32[T] describe the packing, and lengths is what the host knows of it. None until an engine has run.
     """
 
     seed: int = 0
@@ -31,6 +31,7 @@ class StepContext:
     row_key: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    lengths: tuple[int, ...] | None = None
     positions: Tensor | None = None
 
     def restore(self, snapshot: StepContext) -> None:

@@ -8,7 +8,6 @@ a read of a few kilobytes, so every file of a checkpoint is checked, not the fir
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fastsft import builtin
+from fastsft.disk import is_disk_full, sync
 from fastsft.errors import UserError
 
 WEIGHTS = "model.safetensors"
@@ -243,10 +243,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
             os.replace(path, folder / path.name)
-        sync_folder(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         if is_disk_full(error):
             raise UserError(
@@ -255,19 +254,3 @@ def written_whole(folder: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut (POSIX; elsewhere a folder cannot be opened)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """ENOSPC or a spent quota, also in safetensors' own exception, which carries them as text."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left" in str(error) or "StorageFull" in str(error)

@@ -13,13 +13,13 @@ names the same base model.
 from __future__ import annotations
 
 import datetime
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from fastsft.disk import STEP_NAME
 from fastsft.errors import UserError
 from fastsft.model.adapter import load_adapter
 from fastsft.model.context import StepContext
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from fastsft.config import Config
     from fastsft.data.templates import Template
     from fastsft.data.tokenizer import Tokenizer
-
-STEP = re.compile(r"step-\d+")
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def locate(name: str) -> Subject:
 
 def _product(path: Path) -> Path:
     """The adapter or model folder that `path` is, holds, or has a checkpoint of."""
-    checkpoints = [p for p in path.glob("checkpoints/step-*") if STEP.fullmatch(p.name)]
+    checkpoints = [p for p in path.glob("checkpoints/step-*") if STEP_NAME.fullmatch(p.name)]
     newest = sorted(checkpoints, key=lambda p: int(p.name.removeprefix("step-")))[-1:]
     for folder in (path, *(p / kind for p in (path, *newest) for kind in ("adapter", "model"))):
         if any((folder / file).is_file() for file in ("adapter_config.json", "config.json")):
@@ -98,7 +96,7 @@ def _run_config(product: Path) -> Config | None:
     from fastsft.config import load_config
 
     run = product.absolute().parent
-    if STEP.fullmatch(run.name):
+    if STEP_NAME.fullmatch(run.name):
         run = run.parent.parent
     written = run / "config.yaml"
     if product.name not in ("adapter", "model") or not written.is_file():

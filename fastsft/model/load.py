@@ -7,7 +7,8 @@ Quantising happens tensor by tensor on the way (see quantizer.py), so the peak i
 tensor. Weights that keep the file's dtype on the CPU are mapped from the file, not copied.
 
 Saving is the reverse: shards of at most 5 GB are cast one at a time, so that writing bf16 from fp32 masters
-needs no second model in memory, and appear in the folder together or not at all.
+needs no second model in memory, and appear in the folder together or not at all. `cast_model` does the
+same from a folder that was saved before, without a model.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastsft.disk import sync
 from fastsft.errors import UserError
 from fastsft.model.files import (
     INDEX,
@@ -30,7 +33,6 @@ from fastsft.model.files import (
     check_weights,
     read_config,
     resolve_model,
-    sync_folder,
     written_whole,
 )
 
@@ -39,7 +41,14 @@ if TYPE_CHECKING:
 
     from fastsft.model.quantizer import Progress
 
-__all__ = ["is_prequantized", "load_model", "resolve_model", "save_model"]
+__all__ = [
+    "cast_model",
+    "is_prequantized",
+    "kept_in_fp32",
+    "load_model",
+    "resolve_model",
+    "save_model",
+]
 
 SHARD_BYTES = 5 * 10**9
 SHOWN = 5  # tensor names in a message
@@ -204,17 +213,12 @@ def save_model(
     Raises UserError when the disk is full; nothing half written is left, an earlier save stays whole.
     """
     state, tied = _state_to_save(model)
-    fp32 = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-
-    def target(name: str, tensor: Tensor) -> torch.dtype:
-        if not tensor.is_floating_point() or any(part in fp32 for part in name.split(".")):
-            return tensor.dtype
-        return dtype
-
+    fp32 = kept_in_fp32(model)
+    dtypes = {name: _saved_dtype(name, tensor, dtype, fp32) for name, tensor in state.items()}
     shards: list[list[str]] = [[]]
     filled = total = 0
     for name, tensor in state.items():
-        size = tensor.numel() * target(name, tensor).itemsize
+        size = tensor.numel() * dtypes[name].itemsize
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
@@ -227,14 +231,67 @@ def save_model(
     ]
     with written_whole(folder) as staging:
         for file, names in zip(files, shards, strict=True):
-            cast = {n: state[n].to("cpu", target(n, state[n])).contiguous() for n in names}
+            cast = {n: state[n].to("cpu", dtypes[n]).contiguous() for n in names}
             save_file(cast, staging / file, metadata={"format": "pt"})
         if len(shards) > 1:
             weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            _write_index(staging, weight_map, total)
         _write_configs(model, staging, dtype, tied, stop_ids)
     _remove_older_weights(folder, set(files))
+
+
+def cast_model(
+    source: Path, target: Path, dtype: torch.dtype, *, fp32: Collection[str] = ()
+) -> None:
+    """Copy a model's folder with its floating weights cast to `dtype`; all other files as they are.
+
+    fp32: parts of names whose tensors keep their dtype (`kept_in_fp32`). One shard is in memory at a time
+    and no model is built. Raises UserError where `source` is not whole or the disk is full; the files
+    appear in `target` together or not at all.
+    """
+    weight_map = check_weights(source)
+    files = sorted(set(weight_map.values()))
+    total = 0
+    with written_whole(target) as staging:
+        for path in source.iterdir():
+            if path.is_file() and path not in files and path.name != INDEX:
+                shutil.copyfile(path, staging / path.name)
+        config = read_config(source) | {"dtype": str(dtype).removeprefix("torch.")}
+        _write_config(staging, config)
+        for path in files:
+            cast: dict[str, Tensor] = {}
+            with safe_open(path, "pt") as file:
+                for name in (name for name, place in weight_map.items() if place == path):
+                    tensor = file.get_tensor(name)
+                    cast[name] = tensor.to(_saved_dtype(name, tensor, dtype, fp32))
+                    total += cast[name].nbytes
+            save_file(cast, staging / path.name, metadata={"format": "pt"})
+        if len(files) > 1:
+            _write_index(staging, {name: path.name for name, path in weight_map.items()}, total)
+    _remove_older_weights(target, {path.name for path in files})
+
+
+def kept_in_fp32(model: PreTrainedModel) -> tuple[str, ...]:
+    """Parts of names whose weights the architecture keeps in fp32 whatever the rest is."""
+    return tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+
+
+def _saved_dtype(
+    name: str, tensor: Tensor, dtype: torch.dtype, fp32: Collection[str]
+) -> torch.dtype:
+    if not tensor.is_floating_point() or any(part in fp32 for part in name.split(".")):
+        return tensor.dtype
+    return dtype
+
+
+def _write_index(folder: Path, weight_map: dict[str, str], total: int) -> None:
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _state_to_save(model: PreTrainedModel) -> tuple[dict[str, Tensor], bool]:
@@ -261,8 +318,7 @@ def _write_configs(
     config["architectures"] = [type(model).__name__]
     if not tied:
         config["tie_word_embeddings"] = False
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (staging / "config.json").write_text(text + "\n", encoding="utf-8")
+    _write_config(staging, config)
     if (generation := model.generation_config) is not None:
         if stop_ids:
             generation.eos_token_id = list(stop_ids)
@@ -280,4 +336,4 @@ def _remove_older_weights(folder: Path, keep: set[str]) -> None:
             path.unlink()
     if len(keep) == 1:
         (folder / INDEX).unlink(missing_ok=True)
-    sync_folder(folder)
+    sync(folder)

@@ -108,7 +108,7 @@ def _write(model: PreTrainedModel, subject: Subject, out: Path) -> None:
     template = load_template(subject, tokenizer)
     stops = template.stop_ids if template is not None else tokenizer.stop_ids
     try:
-        tokenizer.save(out, template)
+        tokenizer.save(out, template, generation=False)
         save_model(model, out, torch.bfloat16, stop_ids=stops)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)  # it was empty: the next attempt may use the name

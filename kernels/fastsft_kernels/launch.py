@@ -98,6 +98,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     ops with their own backward settle the dtype themselves, before they start.
     """
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    known = torch.amp.is_autocast_available(kind)  # the meta device, say, has none
+    if known and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype

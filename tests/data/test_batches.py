@@ -141,3 +141,20 @@ def test_pack_in_order_covers_everything_once():
     runs = list(pack_in_order(lengths, 10))
     assert [i for run in runs for i in run] == list(range(6))
     assert all(sum(lengths[i] for i in run) <= 10 or len(run) == 1 for run in runs)
+
+
+def test_what_the_host_knows_of_a_pack_agrees_with_its_arrays():
+    """Lengths and trained tokens of each document, the untrained tail included."""
+    rng = np.random.default_rng(3)
+    docs = [
+        Document(i, np.arange(n, dtype=np.int32), rng.random(n) < 0.4)
+        for i, n in enumerate([5, 1, 9, 2])
+    ]
+    for round_to in (1, 8):
+        batch = collate(docs, 1, round_to=round_to)
+        assert list(batch.lengths) == np.diff(batch.cu_seqlens).tolist()
+        counts = [
+            int(((batch.trained_rows >= a) & (batch.trained_rows < b)).sum())
+            for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:])
+        ]
+        assert list(batch.targets) == counts and sum(counts) == len(batch.trained_rows)

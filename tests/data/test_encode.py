@@ -10,8 +10,8 @@ import pytest
 from golden_masks import CALL, CASES, DATE, ONE, WEATHER, template_for, tokenizer_for, turn
 from tiny_tokenizers import byte_level, folder, metaspace
 
-from fastsft.data.encode import Encoded, Encoder
-from fastsft.data.rows import BadRow, Conversation
+from fastsft.data.encode import Encoded, Encoder, encode_prompt
+from fastsft.data.rows import BadRow, Conversation, Converter
 from fastsft.data.templates import OURS, resolve_template
 from fastsft.data.tokenizer import Tokenizer
 from fastsft.errors import UserError
@@ -179,6 +179,36 @@ def test_train_on(source, tmp_path):
     assert last.encode([chat(flagged((5, False)))])[0].reason == "nothing to train"
 
 
+@pytest.mark.parametrize("source", [None, UNTAGGED_CHATML], ids=["tagged", "untagged"])
+def test_rows_without_an_answer_are_for_train_on_all(source, tmp_path):
+    tokenizer = tokenizer_with(tmp_path, template=source)
+    everything = encoder_with(tokenizer, "auto", train_on="all")
+    rows = [{"messages": THREE[:1]}, {"messages": [{**m, "weight": 0} for m in THREE[:2]]}]
+    asked, silent = (Converter.make("messages")(row, "data.jsonl:7") for row in rows)
+    _, trained = one(everything, asked).sequences[0]
+    assert not trained[0] and trained[1:].all()
+    (refused,) = everything.encode([silent])
+    assert refused.reason == "nothing to train" and "No message" in refused.detail
+    for train_on in ("assistant", "last"):
+        encoder = encoder_with(tokenizer, "auto", train_on=train_on)
+        for result in encoder.encode([asked, silent]):
+            assert result.reason == "nothing to train" and "No assistant" in result.detail
+
+
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_only_an_answer_can_be_asked_to_be_trained(role, tmp_path):
+    """What else `train: true` might mean nobody can say: no template marks where a question ends."""
+    tokenizer = tokenizer_with(tmp_path, template=UNTAGGED_CHATML)
+    messages = [turn("user", "Hello."), turn(role, "Hi.", weight=1), turn("assistant", "Two.")]
+    row = Converter.make("messages")({"messages": messages}, "data.jsonl:7")
+    for train_on in ("assistant", "last"):
+        (refused,) = encoder_with(tokenizer, "auto", train_on=train_on).encode([row])
+        assert isinstance(refused, BadRow)
+        assert refused.reason == "only an assistant's message can be trained"
+        assert f"Message 2 ({role})" in refused.detail
+    assert one(encoder_with(tokenizer, "auto", train_on="all"), row).sequences[0][1][1:].all()
+
+
 def test_train_on_all_leaves_out_every_bos(tmp_path):
     tokenizer = tokenizer_for("llama2", tmp_path)
     ids, trained = one(encoder_with(tokenizer, "llama2", train_on="all"), chat(THREE)).sequences[0]
@@ -211,6 +241,24 @@ def test_what_a_template_leaves_out_is_an_error(source, messages, tools, what, t
         encoder = encoder_with(encoder.tokenizer, "auto")
     with pytest.raises(UserError, match=f"data.jsonl:7: .*{what} missing from what chat template"):
         one(encoder, chat(messages, tools))
+
+
+@pytest.mark.parametrize("multi_turn", ["joint", "auto", "per_turn"])
+@pytest.mark.parametrize("tagged", [True, False])
+def test_a_lost_message_is_an_error_with_or_without_tags(tagged, multi_turn, tmp_path):
+    """The conversation ends with a question, and the template does not write it."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>a {% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% elif add_generation_prompt or not loop.last %}<|im_start|>u "
+        "{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>a {% endif %}"
+    )
+    if not tagged:
+        source = source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    encoder = encoder_with(own_template(tmp_path, source), "auto", multi_turn=multi_turn)
+    assert learned(encoder, chat(THREE[:2])) == [["Two.<|im_end|>"]]
+    with pytest.raises(UserError, match=r"data\.jsonl:7: message 3: its content is missing"):
+        one(encoder, chat(THREE[:3]))
 
 
 def test_tool_calls_are_looked_for_in_every_shape_of_conversation(tmp_path):
@@ -262,9 +310,29 @@ def test_control_tokens_in_a_text_are_text(kind, source, tmp_path):
         assert ids[1 : 1 + len(words)].tolist() == words
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama3", "metaspace"])
+@pytest.mark.parametrize("source", [None, UNTAGGED_CHATML], ids=["tagged", "untagged"])
+def test_at_inference_they_are_the_same_text(kind, source, tmp_path):
+    """Whoever asks, and whether the control tokens are in the question or only in the answer."""
+    backend = metaspace() if kind == "metaspace" else byte_level(kind)
+    tokenizer = tokenizer_with(tmp_path, backend, template=source)
+    encoder = encoder_with(tokenizer, "auto")
+    for system, question, answer in (
+        ("Be brief.", "Say <|im_end|> and é<|im_start|>!", "No."),
+        ("<|im_end|> ends it.", "Hello", " <|im_start|>user"),
+        ("Be brief.", "Hello  ", "<|im_end|>"),
+    ):
+        messages = [turn("system", system), turn("user", question), turn("assistant", answer)]
+        ids, trained = one(encoder, chat(messages)).sequences[0]
+        prompt = encode_prompt(tokenizer, encoder.template, messages[:2])
+        assert ids[: int(trained.argmax())].tolist() == prompt, (system, question, answer)
+
+
 def test_characters_kept_for_this_are_refused(tmp_path):
     encoder = encoder_with(tokenizer_with(tmp_path))
     for text in ("x\U00100003", "x\U0010fff2", "\ud800"):
+        with pytest.raises(UserError, match="the prompt cannot be read: It holds"):
+            encode_prompt(encoder.tokenizer, encoder.template, [turn("user", text)])
         (result,) = encoder.encode([chat([turn("user", text), ONE[1]])])
         assert isinstance(result, BadRow) and result.reason == "not text"
 

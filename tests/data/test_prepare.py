@@ -133,8 +133,14 @@ def test_bad_rows_by_policy(tmp_path: Path) -> None:
         UserError, match=r"train\.jsonl:51: too long: It has .* tokens, over max_length 256"
     ):
         run(config_of(data=data, on_bad_row="drop", overlong="error"), tmp_path / "cache")
-    with pytest.raises(UserError, match=r"nothing left to train: of 60 rows(.|\n)*too long 5"):
+    with pytest.raises(UserError, match=r"nothing left to train on: of 60 rows(.|\n)*too long 5"):
         run(config_of(data=data, on_bad_row="drop", max_length=4), tmp_path / "cache")
+    unanswered = write(tmp_path / "eval.jsonl", [rows[42]])
+    config = config_of(data=data, eval_data=unanswered, on_bad_row="drop")
+    with pytest.raises(
+        UserError, match=r"nothing left to evaluate on: of 1 rows(.|\n)*eval\.jsonl"
+    ):
+        run(config, tmp_path / "cache")
 
 
 def test_cache_follows_data_options_and_tokenizer(tmp_path: Path) -> None:

@@ -125,7 +125,9 @@ def test_data_cannot_steer_the_terminal(terminal: bool) -> None:
 def test_json_holds_the_same(tmp_path: Path) -> None:
     made = report(tmp_path)
     made.write(tmp_path / "data_report.json")
-    values = json.loads((tmp_path / "data_report.json").read_text())
+    text = (tmp_path / "data_report.json").read_text()
+    assert text.endswith("}\n")
+    values = json.loads(text)
     assert values["sources"][0]["rows"] == 100 and values["sources"][0]["kept"] == 94
     assert values["sources"][0]["dropped"] == {"empty row": 5, "too long": 1}
     assert values["train"]["trained_tokens"] == made.train.trained_tokens

@@ -260,9 +260,6 @@ def assistant(**given: Any) -> dict[str, Any]:
         (assistant(content=""), "empty answer", "empty"),
         (assistant(content=[]), "empty answer", "empty"),
         (assistant(content="", tool_calls=[]), "empty answer", "empty"),
-        (chat(USER), "nothing to train", "No assistant"),
-        (assistant(content="x", train=False), "nothing to train", "No assistant"),
-        (assistant(content="x", weight=0), "nothing to train", "No assistant"),
         (assistant(content="x", weight=0.5), "bad weight", "0.5"),
         (assistant(content="x", weight="1"), "bad weight", "'1'"),
         (assistant(content="x", train="no"), "bad train flag", "'no'"),
@@ -280,6 +277,10 @@ def assistant(**given: Any) -> dict[str, Any]:
         (chat(USER, ANSWER, tools={"a": 1}), "wrong type", "'tools'"),
         (chat(USER, ANSWER, tools=[{"a": 1}]), "malformed tool", "name"),
         (chat(USER, ANSWER, chat_template_kwargs=[1]), "wrong type", "chat_template_kwargs"),
+        *(
+            (chat(USER, ANSWER, chat_template_kwargs={name: True}), "reserved name", repr(name))
+            for name in ("add_generation_prompt", "messages", "tools", "self")
+        ),
         (
             chat({"role": "system", "content": "A"}, USER, ANSWER, system="B"),
             "two system messages",
@@ -398,7 +399,6 @@ def test_completion_of_messages_trains_the_completion_alone():
         ({"prompt": "x", "completion": [ANSWER]}, "wrong type", "both"),
         ({"prompt": {}, "completion": {"a": 1}}, "wrong type", "'prompt' is an object"),
         ({"prompt": [USER], "completion": []}, "empty row", "'completion'"),
-        ({"prompt": [USER], "completion": [USER]}, "nothing to train", ""),
     ],
 )
 def test_completion_refused(row, reason, words):

@@ -225,8 +225,15 @@ def test_nothing_left_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         make(tmp_path, FakeSource(5, bad=(1, 2), too_long=(3, 4, 5)))
     text = str(caught.value)
-    assert "nothing left to train: of 5 rows" in text and "empty row 2, too long 3" in text
+    assert "nothing left to train on: of 5 rows" in text and "empty row 2, too long 3" in text
     assert "rows.jsonl:1: The row holds nothing." in text and entries(tmp_path) == []
+
+
+def test_nothing_left_says_what_for(tmp_path: Path) -> None:
+    cache = TokenCache(tmp_path, DROP, processes=1)
+    for purpose in ("train", "evaluate"):
+        with pytest.raises(UserError, match=f"nothing left to {purpose} on: of 1 rows"):
+            cache.store([FakeSource(1, bad=(1,))], FakeEncoder(), purpose)
 
 
 def test_only_the_first_bad_rows_are_told_in_full(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ STEPS = 24
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
 DROPOUT = {"lora": {"r": 4, "dropout": 0.25}}
 METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora", "learning_rate": 1e-3, **DROPOUT},
-    "qlora": {"method": "qlora", "learning_rate": 1e-3, **DROPOUT},
+    "lora": {"method": "lora", "learning_rate": 7e-4, **DROPOUT},
+    "qlora": {"method": "qlora", "learning_rate": 7e-4, **DROPOUT},
     "full": {"method": "full", "learning_rate": 5e-4, "weight_decay": 0.01},
 }
 PACKED, ALONE = {"micro_batch_tokens": 4096}, {"micro_batch_tokens": 1}

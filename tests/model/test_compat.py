@@ -22,6 +22,8 @@ PACKS = (
     "gpt_neox", "gpt2", "phi", "mixtral", "qwen3_moe", "deepseek_v3", "opt",
 )  # fmt: skip
 LEAKS = ("bloom", "falcon", "mpt", "mamba", "rwkv", "gpt_oss")
+# Their own code reads values on the host, or has no meta form.
+READERS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "mamba", "rwkv")
 
 
 def alone(model: nn.Module, docs) -> Tensor:
@@ -109,6 +111,19 @@ def test_the_whole_is_exact_in_float64() -> None:
     expected, wanted = step(single, [batch_of([doc]) for doc in docs])
     assert float(loss) == pytest.approx(float(expected), rel=1e-12)
     assert_close(grads, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("family", [f for f in PACKS + LEAKS if f not in READERS])
+def test_a_step_reads_nothing_from_the_device(family: str) -> None:
+    """On the meta device reading a value raises; on a GPU the host would wait for it."""
+    engine = CompatEngine(tiny(family), StepContext())
+    engine.model.to("meta")
+    batch = batch_of(documents(), round_to=8)
+    for name in ("ids", "labels", "positions", "cu_seqlens", "trained_rows", "row_key"):
+        setattr(batch, name, getattr(batch, name).to("meta"))
+    engine.loss(batch, step=0).loss_sum.backward()
+    engine.evaluate(batch)
+    assert all(p.grad.device.type == "meta" for p in engine.model.parameters() if p.grad is not None)
 
 
 class TokenShift(nn.Module):

@@ -9,15 +9,20 @@ import yaml
 from small_run import CHATML, fill, write_model
 from torch import nn
 
+from fastsft import cli, device
 from fastsft.config import LoraConfig
+from fastsft.data.encode import Encoder
+from fastsft.data.rows import Conversation
 from fastsft.data.tokenizer import Tokenizer
 from fastsft.errors import UserError
 from fastsft.model import inference
 from fastsft.model.attention import NAME
 from fastsft.model.context import StepContext
 from fastsft.model.generate import chat, generate, load_for_inference, prompt_ids
+from fastsft.model.inference import load_template, locate
 from fastsft.model.load import load_model, save_model
 from fastsft.model.lora import add_adapters
+from fastsft.model.merge import merge
 from fastsft.model.quant import NF4Linear
 
 
@@ -94,6 +99,24 @@ def test_a_text_is_gone_on_with_where_there_is_no_template(plain_base):
     )
     with pytest.raises(UserError, match="no chat template"):
         generate(model, tokenizer, None, [{"role": "user", "content": "x"}], max_new_tokens=8)
+
+
+def test_the_prompt_is_what_training_puts_before_the_answer(base, plain_base, monkeypatch):
+    """Control tokens in a question are words; a text that begins with BOS gets no second one."""
+    tokenizer = Tokenizer.load(base)
+    template = load_template(locate(str(base)), tokenizer)
+    asked = {"role": "user", "content": "what is <|im_end|>\n<|im_start|>assistant?"}
+    rows = [Conversation("chat", "x:1", [asked, {"role": "assistant", "content": "hello"}])]
+    (example,) = Encoder(tokenizer, template).encode(rows)
+    ids, trained = example.sequences[0]
+    prompt = prompt_ids(tokenizer, template, asked["content"])
+    assert prompt == prompt_ids(tokenizer, template, [asked]) == ids[: trained.argmax()].tolist()
+    assert prompt.count(tokenizer.id_of("<|im_start|>")) == 2
+    plain = Tokenizer.load(plain_base)
+    monkeypatch.setattr(plain, "adds_bos", True)
+    for text in ("hello", "<s>hello"):
+        (example,) = Encoder(plain, None).encode([Conversation("text", "x:1", text=text)])
+        assert prompt_ids(plain, None, text) == example.sequences[0][0][:-1].tolist()
 
 
 def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(base):
@@ -255,3 +278,53 @@ def test_generating_with_adapters_draws_no_dropout(base):
     model.train()
     assert generate(model, tokenizer, None, "hello", max_new_tokens=8)[0] == tokenizer.decode(want)
     assert all(m.training for m in model.modules() if isinstance(m, nn.Module))
+
+
+# --- where it runs, whose code runs -----------------------------------------------------------------
+
+
+def test_an_unusable_gpu_is_an_error_and_no_slow_answer(base, tmp_path, monkeypatch):
+    facts = device.Facts("2.13.0", None, torch_sees_gpu=False, gpus=("NVIDIA L4",))
+    monkeypatch.setattr(device, "gather", lambda: facts)
+    run = write_run(tmp_path / "run", base)
+    with pytest.raises(UserError, match="build without CUDA"):
+        chat(str(run), "hello", max_new_tokens=1)
+    with pytest.raises(UserError, match="build without CUDA"):
+        merge(str(run), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kind", "native", "dtype"),
+    [
+        ("auto", "cpu", False, torch.float32),
+        ("bf16", "cpu", False, torch.bfloat16),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("fp32", "cuda", True, torch.float32),
+        ("auto", "cuda", False, torch.float32),
+        ("bf16", "cuda", False, torch.float32),  # trained on a newer card
+    ],
+)
+def test_answers_come_in_the_runs_dtype_or_the_cards(wanted, kind, native, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
+    assert inference.answer_dtype(wanted, torch.device(kind)) == dtype
+
+
+def test_code_beside_a_model_runs_when_asked_and_not_before(tmp_path, capsys):
+    folder = write_model(tmp_path / "own")
+    adapter = tmp_path / "adapter"
+    write_product(adapter, folder, "lora", 0)
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"model_type": "own_llama_chat", "architectures": ["OwnModel"]}
+    values["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama_chat'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    talk = ["chat", str(folder), "--prompt", "hello"]
+    join = ["merge", str(adapter), "--out", str(tmp_path / "out")]
+    for words in (talk, join):
+        assert cli.main(words) == 2
+        assert "trust" in capsys.readouterr().err
+        assert cli.main([*words, "--trust-remote-code"]) == 0

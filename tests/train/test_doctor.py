@@ -9,23 +9,24 @@ from typing import Any
 import pytest
 import torch
 
+from fastsft import device as dv
 from fastsft import doctor as dr
 from fastsft import selfcheck
 from fastsft.console import RunConsole
 from fastsft.errors import UserError
 
-NO_GPU = dr.Facts("2.13.0", "13.0", torch_sees_gpu=False)
+NO_GPU = dv.Facts("2.13.0", "13.0", torch_sees_gpu=False)
 GPU = replace(NO_GPU, driver="580.65.06", gpus=("NVIDIA L4",), device_files=True)
 
 
 def test_no_gpu_or_a_working_one_is_no_problem() -> None:
-    assert dr.why_no_gpu(NO_GPU) is None
-    assert dr.why_no_gpu(replace(GPU, torch_sees_gpu=True)) is None
+    assert dv.why_no_gpu(NO_GPU) is None
+    assert dv.why_no_gpu(replace(GPU, torch_sees_gpu=True)) is None
 
 
 @pytest.mark.parametrize("visible", ["", "-1"])
 def test_choosing_the_cpu_is_respected(visible: str) -> None:
-    assert dr.why_no_gpu(replace(GPU, visible=visible)) is None
+    assert dv.why_no_gpu(replace(GPU, visible=visible)) is None
 
 
 @pytest.mark.parametrize(
@@ -43,8 +44,8 @@ def test_choosing_the_cpu_is_respected(visible: str) -> None:
         (GPU, "without a reason given"),
     ],
 )
-def test_each_cause_is_one_sentence(facts: dr.Facts, words: str) -> None:
-    problem = dr.why_no_gpu(facts)
+def test_each_cause_is_one_sentence(facts: dv.Facts, words: str) -> None:
+    problem = dv.why_no_gpu(facts)
     assert problem is not None and words in problem
     assert problem.startswith("this machine has NVIDIA L4, but torch 2.13.0 cannot use it: ")
     assert problem.endswith('To train on the CPU all the same, set CUDA_VISIBLE_DEVICES="".')
@@ -53,13 +54,13 @@ def test_each_cause_is_one_sentence(facts: dr.Facts, words: str) -> None:
 
 def test_training_never_falls_back_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(dr, "gather", lambda: replace(GPU, torch_cuda=None))
+    monkeypatch.setattr(dv, "gather", lambda: replace(GPU, torch_cuda=None))
     with pytest.raises(UserError, match="build without CUDA"):
-        dr.check_device()
-    monkeypatch.setattr(dr, "gather", lambda: NO_GPU)
-    assert dr.check_device() == torch.device("cpu")
+        dv.check_device()
+    monkeypatch.setattr(dv, "gather", lambda: NO_GPU)
+    assert dv.check_device() == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert dr.check_device() == torch.device("cuda", 0)
+    assert dv.check_device() == torch.device("cuda", 0)
 
 
 def fake_program(folder: Path, name: str, text: str) -> None:
@@ -71,12 +72,12 @@ def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
     fake_program(tmp_path, "nvidia-smi", "echo '535.54.03, NVIDIA L4'; echo '535.54.03, NVIDIA T4'")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    facts = dr.gather()
+    facts = dv.gather()
     assert (facts.driver, facts.gpus) == ("535.54.03", ("NVIDIA L4", "NVIDIA T4"))
     assert facts.visible == "0"
     fake_program(tmp_path, "nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9")
     if not Path("/proc/driver/nvidia").exists():
-        assert dr.gather().gpus == ()
+        assert dv.gather().gpus == ()
 
 
 def test_what_triton_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

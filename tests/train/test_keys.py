@@ -38,7 +38,7 @@ from fastsft.data.batches import micro_batches
 from fastsft.data.loader import documents_of
 from fastsft.errors import UserError
 from fastsft.optim import apply_update, build_optimizer, learning_rate
-from fastsft.trainer import example_order, step_bounds
+from fastsft.run import example_order, step_bounds
 
 CASES: dict[str, list[str]] = {}
 
@@ -78,7 +78,12 @@ def cache(place, monkeypatch):
 def plan(place: Path, **keys: Any) -> list[int]:
     """Examples of each step."""
     intake = taken(place, **keys)
-    return [int(n) for n in torch.tensor(step_bounds(intake.config, intake.data)).diff()]
+    return [
+        int(n)
+        for n in torch.tensor(
+            step_bounds(intake.config, intake.data, example_order(intake.config, intake.data))
+        ).diff()
+    ]
 
 
 def rates(count: int = 20, **keys: Any) -> list[float]:
@@ -406,7 +411,7 @@ def test_steps(place):
     by_tokens = plan(place, epochs=1, batch_tokens=200)
     assert sum(by_tokens) == 24 and len(by_tokens) >= 4
     intake = taken(place, epochs=1, batch_tokens=200)
-    bounds = step_bounds(intake.config, intake.data)
+    bounds = step_bounds(intake.config, intake.data, example_order(intake.config, intake.data))
     order = example_order(intake.config, intake.data)
     sums = [
         int(intake.data.train.example_tokens[order.take(int(a), int(b))].sum())

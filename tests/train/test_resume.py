@@ -205,7 +205,7 @@ def test_changed_data_is_noticed(place):
     keys = {"data": str(write_rows(place / "changing.jsonl", 12)), "epochs": 2}
     folder = run(place, **keys, output_dir="changing").output_dir
     write_rows(place / "changing.jsonl", 13)
-    with pytest.raises(UserError, match="the files under data have changed"):
+    with pytest.raises(UserError, match="give other tokens than when the run began"):
         run(place, **{**keys, "epochs": 3}, resume=str(folder))
 
 
