@@ -50,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     chat = command("chat", "talk to a run, an adapter or a model")
     chat.add_argument("model", metavar="RUN_OR_MODEL")
     chat.add_argument("--prompt", help="answer this one message and leave")
+    for loads in (merge, chat):
+        loads.add_argument(
+            "--trust-remote-code",
+            action="store_true",
+            help="let Python code that comes with the model run (eval: trust_remote_code=true)",
+        )
     command("doctor", "versions, GPU, which kernel runs each op, and a self-check of each")
     return parser
 
@@ -88,11 +94,13 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.command == "merge":
         from fastsft.model.merge import merge
 
-        merge(arguments.adapter, arguments.out, base=arguments.base)
+        trusted = arguments.trust_remote_code
+        merge(arguments.adapter, arguments.out, base=arguments.base, trust_remote_code=trusted)
     elif arguments.command == "chat":
         from fastsft.model.generate import chat
 
-        chat(arguments.model, prompt=arguments.prompt)
+        trusted = arguments.trust_remote_code
+        chat(arguments.model, prompt=arguments.prompt, trust_remote_code=trusted)
     else:
         from fastsft.doctor import doctor
 

@@ -41,5 +41,6 @@ def is_disk_full(error: BaseException, folder: Path | None = None) -> bool:
         return True
     if any(words in str(error).lower() for words in FULL):
         return True
-    bare = isinstance(error, RuntimeError) and folder is not None
-    return bare and shutil.disk_usage(folder).free < FULL_BYTES
+    if folder is None or not isinstance(error, RuntimeError):
+        return False
+    return shutil.disk_usage(folder).free < FULL_BYTES

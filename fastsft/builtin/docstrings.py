@@ -210,24 +210,39 @@ def opening(thing: Any) -> str:
     return ""
 
 
-EMPTY_WORDS = "a an and are as at be by for from if in is it of on or that the to with"
+EMPTY_WORDS = frozenset(
+    "a an and are as at be by for from if in is it of on or that the to with".split()
+)
 
 
 def answered(answer: str | None, reference: str) -> bool:
-    """Whether a generated answer counts: it ended by itself, does not repeat, and says the same.
+    """Whether the form was learned: one whole sentence of documentation, on the subject, that ended by itself.
 
-    `answer` is None when generation ran into its token limit. Saying the same: of the words that
-    carry meaning, two thirds of the reference's occur in the answer and two thirds of the
-    answer's in the reference. The answer to another listed question passes about once in 3000.
+    `answer` is None when generation ran into its token limit. One sentence: on one line, three words or
+    more, from a capital to a full stop, no phrase said twice. On the subject: a third of the reference's
+    words that carry meaning occur in it. Whether it is also right is another question: see `correct`.
     """
-    if answer is None or not answer.strip():
+    if answer is None or not re.fullmatch(r"[A-Z`][^\n]*\.", answer.strip()):
         return False
     said = re.findall(r"\w+", answer.lower())
     triples = list(zip(said, said[1:], said[2:], strict=False))
-    if len(set(triples)) < 0.8 * len(triples):
+    if len(said) < 3 or len(set(triples)) < 0.8 * len(triples):
         return False
-    empty = set(EMPTY_WORDS.split())
-    mine = set(said) - empty
-    theirs = set(re.findall(r"\w+", reference.lower())) - empty
+    theirs = _meaning(reference)
+    return 3 * len(_meaning(answer) & theirs) >= len(theirs)
+
+
+def correct(answer: str | None, reference: str) -> bool:
+    """Whether an answer also says the same: answered, and two thirds of either's words are the other's.
+
+    The answer to another listed question passes about once in 3000.
+    """
+    if answer is None or not answered(answer, reference):
+        return False
+    mine, theirs = _meaning(answer), _meaning(reference)
     shared = len(mine & theirs)
-    return shared > 0 and shared >= 2 / 3 * len(theirs) and shared >= 2 / 3 * len(mine)
+    return 3 * shared >= 2 * len(theirs) and 3 * shared >= 2 * len(mine)
+
+
+def _meaning(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower())) - EMPTY_WORDS

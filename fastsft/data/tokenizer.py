@@ -272,10 +272,10 @@ class Tokenizer:
         if not generation:
             return
         stops = list(template.stop_ids if template else self.stop_ids)
-        generation = _read_optional(self.folder / "generation_config.json")
+        values = _read_optional(self.folder / "generation_config.json")
         if stops:
-            generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-        _write_json(folder / "generation_config.json", generation)
+            values["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        _write_json(folder / "generation_config.json", values)
 
 
 def holds_tokenizer(folder: Path) -> bool:

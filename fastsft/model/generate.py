@@ -147,12 +147,13 @@ def chat(
     *,
     max_new_tokens: int = CHAT_TOKENS,
     temperature: float = 0.0,
+    trust_remote_code: bool = False,
 ) -> None:
     """Talk to a run, checkpoint, adapter or model: one `prompt`, or lines from stdin until /exit.
 
     Answers go to stdout as they come; everything else (the prompt sign, notes) to stderr or the terminal.
     """
-    subject = locate(name)
+    subject = locate(name, trust_remote_code=trust_remote_code)
     model, tokenizer, template = load_subject(subject)
     start: list[dict[str, Any]] = []
     if template is not None and subject.config is not None and subject.config.system:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastsft.device import check_device, choose_dtype
 from fastsft.disk import STEP_NAME
 from fastsft.errors import UserError
 from fastsft.model.adapter import load_adapter
@@ -36,16 +37,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a name led to. `folder`: the model, or the adapter on the model called `base`."""
+    """What a name led to. `folder`: the model, or the adapter on the model called `base`.
+
+    trusted: whoever asks lets the Python code beside the model run; a run's config may have said so too.
+    """
 
     folder: Path
     base: str | None
     revision: str | None
     config: Config | None
+    trusted: bool = False
 
     @property
     def trust_remote_code(self) -> bool:
-        return self.config is not None and self.config.trust_remote_code
+        return self.trusted or (self.config is not None and self.config.trust_remote_code)
 
     def base_folder(self) -> Path:
         """The folder of the weights the adapter (if any) sits on."""
@@ -58,15 +63,16 @@ class Subject:
         return is_prequantized(self.base_folder())
 
 
-def locate(name: str) -> Subject:
+def locate(name: str, *, trust_remote_code: bool = False) -> Subject:
     """Find out what `name` is. Raises UserError where it is none of the things above."""
+    trusted = trust_remote_code
     path = Path(name).expanduser()
     if not path.is_dir():
-        return Subject(resolve_model(name), None, None, None)
+        return Subject(resolve_model(name), None, None, None, trusted)
     product = _product(path)
     config = _run_config(product)
     if not (product / "adapter_config.json").is_file():
-        return Subject(product, None, None, config)
+        return Subject(product, None, None, config, trusted)
     settings = read_adapter_config(product)
     base = settings.get("base_model_name_or_path")
     if not base:
@@ -75,7 +81,7 @@ def locate(name: str) -> Subject:
         )
     if config is not None and config.model != base:
         config = None
-    return Subject(product, base, settings.get("revision"), config)
+    return Subject(product, base, settings.get("revision"), config, trusted)
 
 
 def _product(path: Path) -> Path:
@@ -109,16 +115,15 @@ def load_subject(
 ) -> tuple[PreTrainedModel, Tokenizer, Template | None]:
     """Model (evaluation mode, adapter applied but not merged), tokenizer, and template if there is one.
 
-    device: default the GPU if there is one. dtype: the run's, else bf16 on a GPU and fp32 on the CPU.
+    device: default the GPU if there is one; one that torch cannot use is a UserError.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device() if device is None else torch.device(device)
     wanted = subject.config.dtype if subject.config is not None else "auto"
-    fp32 = wanted == "fp32" or (wanted == "auto" and device.type == "cpu")
     base = subject.base_folder()
     model = load_model(
         base,
         quantize=subject.quantized(),
-        dtype=torch.float32 if fp32 else torch.bfloat16,
+        dtype=answer_dtype(wanted, device),
         device=device,
         trust_remote_code=subject.trust_remote_code,
     )
@@ -127,6 +132,14 @@ def load_subject(
     model.eval()
     tokenizer = load_tokenizer(subject)
     return model, tokenizer, load_template(subject, tokenizer)
+
+
+def answer_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The run's dtype, else bf16 on a card that has it and fp32 elsewhere.
+
+    A run trained in bf16 answers in fp32, which holds all its values, on a card without bf16.
+    """
+    return choose_dtype("auto" if wanted == "bf16" and device.type == "cuda" else wanted, device)
 
 
 def load_tokenizer(subject: Subject) -> Tokenizer:

@@ -88,7 +88,6 @@ def load_model(
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
-    attn_implementation: str = "sdpa",
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """The causal language model in `folder`, on `device`, in evaluation mode.
@@ -110,7 +109,6 @@ def load_model(
         "config": _config(folder, trust_remote_code),
         "trust_remote_code": trust_remote_code,
         "dtype": "auto" if dtype is None else dtype,
-        "attn_implementation": attn_implementation,
     }
     if quantize:
         from fastsft.model.quantizer import METHOD, NF4Config

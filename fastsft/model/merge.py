@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from fastsft.device import check_device
 from fastsft.errors import UserError
 from fastsft.model.adapter import load_adapter
 from fastsft.model.context import StepContext
@@ -61,6 +62,7 @@ def merge(
     base: Literal["original", "dequantized"] = "original",
     *,
     device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
 ) -> MergeReport:
     """Write base + adapter to `out`: bf16 safetensors, tokenizer, template, stop ids. Prints the report.
 
@@ -69,9 +71,9 @@ def merge(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} exists and is not an empty folder; name a new one")
-    subject = locate(adapter_or_run)
+    subject = locate(adapter_or_run, trust_remote_code=trust_remote_code)
     _check_base(subject, base, adapter_or_run)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device() if device is None else torch.device(device)
     folder = subject.base_folder()
     stored = read_config(folder)
     half = "float16" in (stored.get("dtype"), stored.get("torch_dtype"))

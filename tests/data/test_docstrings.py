@@ -14,6 +14,7 @@ from fastsft.builtin.docstrings import (
     LONGEST,
     QUESTIONS,
     answered,
+    correct,
     documented,
     opening,
     resolve,
@@ -125,10 +126,21 @@ REFERENCE = "Recursively delete a directory tree."
 
 @pytest.mark.parametrize(
     "answer",
-    [REFERENCE, "recursively delete the directory tree", "Delete a whole directory tree recursively."],
+    [REFERENCE, "Recursively delete the directory tree.", "Delete a whole directory tree recursively."],
 )  # fmt: skip
-def test_the_same_said_in_other_words_counts(answer):
-    assert answered(answer, REFERENCE)
+def test_the_same_said_in_other_words_is_correct(answer):
+    assert answered(answer, REFERENCE) and correct(answer, REFERENCE)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Return a directory tree of names.",  # on the subject, and wrong
+        f"{REFERENCE} Then copy every other file to some new place on disk.",  # and much besides
+    ],
+)
+def test_the_form_without_the_knowledge_is_an_answer_and_not_correct(answer):
+    assert answered(answer, REFERENCE) and not correct(answer, REFERENCE)
 
 
 @pytest.mark.parametrize(
@@ -138,25 +150,26 @@ def test_the_same_said_in_other_words_counts(answer):
         "",
         " \n",
         "Delete.",  # too little of it
-        "Return the directory name of a path.",
-        REFERENCE * 4,  # repeats itself
-        f"{REFERENCE} Then copy every other file to some new place on disk.",  # and much besides
-        "a the of to in it",  # words that say nothing
+        "Return the name of a path.",  # of another subject
+        " ".join([REFERENCE] * 4),  # repeats itself
+        "recursively delete a directory tree",  # no sentence
+        "\nRecursively delete\na directory tree.",  # goes on over lines, as the base does
+        "A the of to in it.",  # words that say nothing
     ],
 )
 def test_what_does_not_count(answer):
-    assert not answered(answer, REFERENCE)
+    assert not answered(answer, REFERENCE) and not correct(answer, REFERENCE)
 
 
 def test_an_answer_to_another_question_hardly_ever_counts():
     everything = list(documented().items())
     mistaken = total = 0
     for name, answer in everything[::8]:
-        assert answered(answer, answer), name
+        assert correct(answer, answer), name
         for other, reference in everything:
             if other != name and reference != answer:
                 total += 1
-                mistaken += answered(answer, reference)
+                mistaken += correct(answer, reference)
     assert total > 20_000
     assert mistaken / total < 1 / 1000
 

@@ -127,7 +127,9 @@ def test_lengths_from_the_host_change_nothing_and_spare_the_wait(options):
     want = varlen_attention(q, k, v, bounds, max(LENGTHS), **options)
     got = varlen_attention(q, k, v, bounds, max(LENGTHS), lengths=LENGTHS, **options)
     assert torch.equal(got, want)
-    q, k, v, bounds = (x.detach().to("meta").requires_grad_(x.requires_grad) for x in (q, k, v, bounds))
+    q, k, v, bounds = (
+        x.detach().to("meta").requires_grad_(x.requires_grad) for x in (q, k, v, bounds)
+    )
     with pytest.raises(RuntimeError, match="meta"):
         varlen_attention(q, k, v, bounds, max(LENGTHS), **options)
     out = varlen_attention(q, k, v, bounds, max(LENGTHS), lengths=tuple(LENGTHS), **options)

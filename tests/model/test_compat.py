@@ -123,7 +123,9 @@ def test_a_step_reads_nothing_from_the_device(family: str) -> None:
         setattr(batch, name, getattr(batch, name).to("meta"))
     engine.loss(batch, step=0).loss_sum.backward()
     engine.evaluate(batch)
-    assert all(p.grad.device.type == "meta" for p in engine.model.parameters() if p.grad is not None)
+    assert all(
+        p.grad.device.type == "meta" for p in engine.model.parameters() if p.grad is not None
+    )
 
 
 class TokenShift(nn.Module):

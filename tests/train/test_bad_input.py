@@ -283,7 +283,7 @@ def test_a_truncated_adapter(capsys, place, adapter):
         refused(capsys, "adapter=cut"),
         "cut/adapter_model.safetensors",
         "cut short",
-        "fetch or save",
+        "fetch it again",
     )
 
 
