@@ -3,8 +3,8 @@
     python -m bench.cpu_training [--quick]     writes bench/results/cpu/training.json
 
 Seeded Alpaca-like chats (bench.data), builtin:tiny in fp32, r = 16 on all linear layers, two threads, 64
-examples a step in micro-batches of 2,048 tokens. TRL runs as people run it: padded batches of 8 rows (about as
-many tokens), and packed rows of 2,048 tokens (strategy bfd, which isolates documents). Each trainer is a
+examples a step in micro-batches of 2,048 tokens. TRL runs as people run it: padded batches of 8 rows (about
+as many tokens), and packed rows of 2,048 tokens (strategy bfd, which isolates documents). Each trainer is a
 process of its own; the first steps are left out; tokens are real ones, padding does not count.
 """
 

@@ -14,10 +14,8 @@ import torch
 from rich.table import Table
 
 from fastsft.console import RunConsole, size
-from fastsft.device import Facts, check_device, gather, why_no_gpu
+from fastsft.device import Facts, gather, why_no_gpu
 from fastsft.selfcheck import OpCheck, check_ops
-
-__all__ = ["check_device", "doctor"]
 
 PACKAGES = (
     "torch triton bitsandbytes transformers tokenizers tiktoken datasets safetensors numpy".split()

@@ -7,6 +7,7 @@ the micro-batch size does not move the result.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from fastsft.config import Config, load_config, make_config
 from fastsft.console import RunConsole
 from fastsft.data.loader import Layout, evaluation_batches
 from fastsft.data.prepare import Prepared
+from fastsft.data.tokenizer import holds_tokenizer
 from fastsft.errors import UserError
 from fastsft.metrics import EvalSums
 from fastsft.model.build import CPU_MICRO_BATCH
@@ -38,6 +40,7 @@ def evaluate(name: str, overrides: list[str]) -> dict[str, Any]:
     """
     subject = locate(name)
     config = _config(subject, overrides)
+    subject = replace(subject, trusted=config.trust_remote_code)
     model, _, _ = load_subject(subject)
     with RunConsole() as console:
         intake = take_in(settle_date(config), console.rich, model_folder=subject.base_folder())
@@ -70,7 +73,7 @@ def _config(subject: Subject, overrides: list[str]) -> Config:
     values = {key: known[key] for key in READING if key in known}
     values["model"] = subject.base or str(subject.folder)
     values["revision"] = subject.revision
-    if (subject.folder / "tokenizer.json").is_file():
+    if holds_tokenizer(subject.folder):
         values["tokenizer"] = str(subject.folder)
     given = load_config(None, ["model=unused", *overrides])
     idle = sorted(given.model_fields_set - {"model", *GIVEN})

@@ -38,7 +38,7 @@ from fastsft.errors import UserError
 from fastsft.metrics import Meter, MetricsLog, flops_per_token
 from fastsft.model.build import Built, build
 from fastsft.optim import build_optimizer, peak_learning_rate
-from fastsft.preparation import settle_date, take_in
+from fastsft.preparation import Intake, settle_date, take_in
 from fastsft.reporters import open_reporters
 from fastsft.run_folder import check_resume_config
 
@@ -93,33 +93,11 @@ def set_up(
         _refuse_changes(config, checkpoint)
     seed_everything(config.seed)
     intake = take_in(config, console.rich)
-    config, data = intake.config, intake.data
-    data.report.render(console.rich)
-    stored = data.train if isinstance(data, Prepared) else None
-    longest = int(stored.lengths.max()) if stored is not None else config.max_length
-    if data.eval is not None:
-        longest = max(longest, int(data.eval.lengths.max()))
-    with console.task("loading the model") as advance:
-        built = build(
-            config,
-            intake.tokenizer,
-            intake.template,
-            device=device,
-            longest=longest,
-            resume_from=checkpoint.path if checkpoint else None,
-            progress=lambda done, total: advance(1),
-        )
-    config = built.config
-    _check_ids(built, stored)
+    intake.data.report.render(console.rich)
+    built = _load(intake, device, checkpoint, console)
+    config, data = built.config, intake.data
     if checkpoint:
-        check_resume_config(checkpoint.state["config"], config.model_dump())
-        if checkpoint.state["data"] != data.digest:
-            raise UserError(
-                "resume: data, tokenizer or template give other tokens than when the run began; put "
-                "back what was changed, or drop resume to start a new run"
-            )
-        for path in set_aside_later(folder, checkpoint.step):
-            console.warn(f"a checkpoint from after step {checkpoint.step} was set aside as {path}")
+        _continue(checkpoint, config, data, folder, console)
     remove_left_overs(folder)
     order = example_order(config, data) if isinstance(data, Prepared) else None
     bounds = step_bounds(config, data, order) if isinstance(data, Prepared) and order else None
@@ -131,6 +109,7 @@ def set_up(
     meter = Meter(device, flops_per_token(*built.matmul_weights()))
     if checkpoint:
         meter.restore(checkpoint.state["window"])
+    reporters = open_reporters(config, folder, resume_step)
     run = Run(
         config=config,
         folder=folder,
@@ -143,12 +122,50 @@ def set_up(
         order=order,
         bounds=bounds,
         meter=meter,
-        log=MetricsLog(
-            folder / "metrics.jsonl", resume_step, open_reporters(config, folder, resume_step)
-        ),
+        log=MetricsLog(folder / "metrics.jsonl", resume_step, reporters),
     )
     _say(run)
     return run
+
+
+def _load(
+    intake: Intake, device: torch.device, checkpoint: Checkpoint | None, console: RunConsole
+) -> Built:
+    """The model, sized for the longest row of all data; its embedding must hold every token."""
+    stored = intake.data.train if isinstance(intake.data, Prepared) else None
+    longest = int(stored.lengths.max()) if stored is not None else intake.config.max_length
+    if intake.data.eval is not None:
+        longest = max(longest, int(intake.data.eval.lengths.max()))
+    with console.task("loading the model") as advance:
+        built = build(
+            intake.config,
+            intake.tokenizer,
+            intake.template,
+            device=device,
+            longest=longest,
+            resume_from=checkpoint.path if checkpoint else None,
+            progress=lambda done, total: advance(1),
+        )
+    _check_ids(built, stored)
+    return built
+
+
+def _continue(
+    checkpoint: Checkpoint,
+    config: Config,
+    data: Prepared | Streamed,
+    folder: Path,
+    console: RunConsole,
+) -> None:
+    """Refuse to resume with other settings or tokens; move what came after the checkpoint out of the way."""
+    check_resume_config(checkpoint.state["config"], config.model_dump())
+    if checkpoint.state["data"] != data.digest:
+        raise UserError(
+            "resume: data, tokenizer or template give other tokens than when the run began; put "
+            "back what was changed, or drop resume to start a new run"
+        )
+    for path in set_aside_later(folder, checkpoint.step):
+        console.warn(f"a checkpoint from after step {checkpoint.step} was set aside as {path}")
 
 
 def _check_ids(built: Built, stored: TokenStore | None) -> None:

@@ -51,6 +51,11 @@ def claim_output_dir(config: "Config", stem: str) -> Path:
         folder = Path(config.output_dir)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"output_dir: {folder} is a file; name a folder.")
+        if resumed and resumed.resolve() != folder.resolve():
+            raise UserError(
+                f"output_dir: {folder} is another folder than the run {resumed} that resume names; a run "
+                "goes on in its own folder, so leave output_dir out"
+            )
         ours = config.resume == "auto" or (resumed and resumed.resolve() == folder.resolve())
         if holds_run(folder) and not ours:
             raise UserError(

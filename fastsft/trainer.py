@@ -34,11 +34,11 @@ from fastsft.data.loader import (
     streamed_steps,
 )
 from fastsft.data.prepare import Streamed
-from fastsft.doctor import check_device
+from fastsft.device import check_device
+from fastsft.disk import is_disk_full
 from fastsft.errors import UserError
 from fastsft.metrics import EvalSums, write_summary
 from fastsft.model.build import refuse_what_is_not_there
-from fastsft.model.files import is_disk_full
 from fastsft.optim import apply_update, learning_rate
 from fastsft.plot import plot_loss
 from fastsft.run import Run, set_up

@@ -12,7 +12,7 @@ def test_words_are_a_path_and_overrides():
         ["lora.r=8", "data=a.jsonl"],
     )
     assert cli.split_words([]) == (None, [])
-    with pytest.raises(UserError, match="expected one config file; got a.yaml, b.yaml"):
+    with pytest.raises(UserError, match="expected one config file; got a"):
         cli.split_words(["a.yaml", "b.yaml"])
 
 

@@ -216,7 +216,7 @@ EMPTY_WORDS = frozenset(
 
 
 def answered(answer: str | None, reference: str) -> bool:
-    """Whether the form was learned: one whole sentence of documentation, on the subject, that ended by itself.
+    """Whether the form was learned: a sentence of documentation, on the subject, that ended by itself.
 
     `answer` is None when generation ran into its token limit. One sentence: on one line, three words or
     more, from a capital to a full stop, no phrase said twice. On the subject: a third of the reference's

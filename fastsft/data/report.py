@@ -235,7 +235,7 @@ def _rows(source: SourceReport) -> str:
     text = f"{source.rows:,} rows in, {source.kept:,} kept"
     if source.dropped:
         text += f", {sum(source.dropped.values()):,} dropped ({source.reasons()})"
-    if source.examples != source.kept:
+    if source.examples and source.examples != source.kept:
         text += f", {source.examples:,} examples after splitting"
     return text
 

@@ -1,5 +1,6 @@
 """The stream of examples and its division into micro-batches, against counting by hand."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -155,6 +156,6 @@ def test_what_the_host_knows_of_a_pack_agrees_with_its_arrays():
         assert list(batch.lengths) == np.diff(batch.cu_seqlens).tolist()
         counts = [
             int(((batch.trained_rows >= a) & (batch.trained_rows < b)).sum())
-            for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:])
+            for a, b in itertools.pairwise(batch.cu_seqlens)
         ]
         assert list(batch.targets) == counts and sum(counts) == len(batch.trained_rows)

@@ -262,7 +262,7 @@ def test_output_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     save(Path("mine"), 1)
     with pytest.raises(UserError, match="output_dir: mine already holds a run"):
         claim("mine")
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="another folder than the run"):
         claim("mine", resume="runs/quick")
     assert claim("mine", resume="auto") == Path("mine")
     assert claim("mine", resume="mine/checkpoints/step-000001") == Path("mine")

@@ -153,3 +153,13 @@ def test_the_file_of_all_keys_is_true():
     assert list(written["data"][0]) == list(DataSource.model_fields)
     expected = load_config(None, ["model=builtin:tiny", "data=data/train.jsonl"]).model_dump()
     assert written == expected
+
+
+def test_the_example_configs_load():
+    import pathlib
+
+    folder = pathlib.Path(__file__).parents[2] / "examples"
+    examples = sorted(folder.glob("*.yaml"))
+    assert len(examples) >= 4
+    for path in examples:
+        assert load_config(path).model, path
