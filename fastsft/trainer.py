@@ -176,7 +176,7 @@ def _report(run: Run, *, wait: bool) -> None:
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         raise UserError(
             f"step {bad}: the loss or its gradient is not finite (its update was skipped). Rows of that "
-            f"step: {shown}; {_last_good(run)}. Lower learning_rate, or look at these rows"
+            f"step: {shown}; {_last_good(run)}. Lower learning_rate in a new run, or look at these rows"
         )
     for index in [i for i in run.rows_of if i < run.course.step - 1]:
         del run.rows_of[index]
@@ -200,8 +200,8 @@ def _evaluate(run: Run, step: int) -> bool:
     course = run.course
     if not math.isfinite(record["eval_loss"]):
         raise UserError(
-            f"the evaluation loss after step {step} is not finite; {_last_good(run)}. Lower learning_rate, "
-            "or look at the evaluation data"
+            f"the evaluation loss after step {step} is not finite; {_last_good(run)}. Lower learning_rate in "
+            "a new run, or look at the evaluation data"
         )
     better = step > 0 and (course.best_loss is None or record["eval_loss"] < course.best_loss)
     if better:

@@ -302,7 +302,11 @@ def test_a_changed_key_on_resume(capsys, place, adapter):
     resume = ("output_dir=made", "resume=auto", "max_steps=3")
     message = refused(capsys, *resume, "lora.r=8", "learning_rate=0.02")
     check(message, "learning_rate was 0.01 and is 0.02", "lora.r was 16 and is 8")
-    check(message, "Set the old value again, or drop resume", "These may change: early_stopping_patience, epochs")
+    check(
+        message,
+        "Set the old value again, or drop resume",
+        "These may change: early_stopping_patience, epochs",
+    )
     write_rows(place / "more.jsonl", 3)
     message = refused(capsys, *resume, "data=more.jsonl")
     check(message, "data.0.path was 'rows.jsonl' and is 'more.jsonl'")
