@@ -172,3 +172,9 @@ def test_public_kernels_have_a_reference_and_a_test():
     for op in [*ops.split(), "nf4_dequantize", "lora_linear"]:
         assert hasattr(fastsft_kernels, op) and hasattr(reference, op), op
         assert op in tests, f"{op} has no test"
+
+
+def test_test_files_have_different_names():
+    """pytest imports them by name alone, so of two with one name the second is not collected."""
+    names = [p.name for p in (ROOT / "tests").rglob("*.py") if p.name != "conftest.py"]
+    assert len(names) == len(set(names)), sorted(n for n in set(names) if names.count(n) > 1)
