@@ -21,6 +21,7 @@ from fastsft.errors import UserError
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 WARMUP_RATIO, DECAY_RATIO = 0.03, 0.2
+PAIRS = (("batch_size", "batch_tokens"), ("epochs", "max_steps"))  # exactly one of each
 SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*GB$", re.IGNORECASE)
 # Arguments of a chat template that the trainer itself gives it.
 TEMPLATE_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "self")
@@ -159,14 +160,14 @@ class Config(_Strict):
         if not isinstance(values, dict):
             return values
         values = dict(values)
-        for default, other in (("batch_size", "batch_tokens"), ("epochs", "max_steps")):
+        for default, other in PAIRS:
             if values.get(other) is not None and default not in values:
                 values[default] = None
         return values
 
     @model_validator(mode="after")
     def _keys_that_exclude_each_other(self) -> Config:
-        for a, b in (("batch_size", "batch_tokens"), ("epochs", "max_steps")):
+        for a, b in PAIRS:
             if (getattr(self, a) is None) == (getattr(self, b) is None):
                 raise ValueError(f"exactly one of {a} and {b} must be set")
         if {"warmup_ratio", "warmup_steps"} <= self.model_fields_set and (
@@ -403,4 +404,12 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         if not equals or not key:
             raise UserError(f"{word!r} is neither a config file nor key=value")
         _set(values, key.strip(), _parse(text, word) if text else None)
+    words = {word.partition("=")[0].strip() for word in overrides or []}
+    for pair in PAIRS:
+        for given, other in (
+            pair,
+            pair[::-1],
+        ):  # a word for one takes the file's word for the other back
+            if given in words and other not in words and values[given] is not None:
+                values.pop(other, None)
     return make_config(values, where)

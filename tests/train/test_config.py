@@ -40,6 +40,16 @@ def test_words_override_the_file_and_values_are_yaml(tmp_path):
     assert config.data == [DataSource(path="b.json", weight=2)]
 
 
+def test_a_word_for_one_of_a_pair_displaces_the_file_s_other(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\ndata: a.jsonl\nepochs: 3\nbatch_tokens: 99\n")
+    config = load_config(file, ["max_steps=5", "batch_size=8"])
+    assert (config.epochs, config.max_steps) == (None, 5)
+    assert (config.batch_size, config.batch_tokens) == (8, None)
+    with pytest.raises(UserError, match="exactly one of epochs and max_steps"):
+        load_config(file, ["max_steps=5", "epochs=2"])
+
+
 def test_written_and_read_back_it_is_the_same(tmp_path):
     config = load_config(
         None, [*BASE, "max_steps=3", "batch_tokens=4096", "report_to=[tensorboard]"]
