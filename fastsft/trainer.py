@@ -160,8 +160,11 @@ def _or_saved(run: Run, steps: Iterable[Step]) -> Iterator[Step]:
             raise
         _report(run, wait=True)
         _save(run)
+        product = run.built.product
+        newest = list_checkpoints(run.folder)[-1] / product
         raise UserError(
-            f"{error}\n{_last_good(run)}; mend the data and go on with resume=auto"
+            f"{error}\nWhat was learned until then is in {newest}. Mended data is other data, so start a "
+            f"new run from there: {product}={newest}"
         ) from error
 
 
