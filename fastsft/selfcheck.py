@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import fastsft_kernels as fk
 import torch
-from fastsft_kernels.launch import TRITON_OPS, choose_backend
+from fastsft_kernels.launch import explain
 from torch import Tensor
 
 TOLERANCE = 1e-4  # float32 over sums of some hundred terms, with room
@@ -80,12 +80,7 @@ def check_ops(device: torch.device) -> list[OpCheck]:
 
 
 def _backend(op: str, device: torch.device) -> tuple[str, str]:
-    chosen = choose_backend(op, None)
-    if chosen != "reference":
-        return chosen, f"there is a Triton kernel and a {device.type} device"
-    if op not in TRITON_OPS:
-        return chosen, "no Triton kernel for it yet"
-    return chosen, f"Triton kernels need an NVIDIA GPU, this is {device.type}"
+    return explain(op, torch.empty(0, device=device))
 
 
 def _error(run: Op, inputs: list[Tensor], device: torch.device) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from fastsft_kernels import varlen_attention
-from fastsft_kernels.launch import compute_dtype
+from fastsft_kernels.checks import compute_dtype
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 

@@ -11,15 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastsft_kernels import reference
-from fastsft_kernels.launch import (
-    bad,
-    check_device,
-    check_float,
-    check_like,
-    choose_backend,
-    describe,
-)
+from fastsft_kernels.checks import bad, check_device, check_float, check_like, describe
+from fastsft_kernels.launch import select
 
 
 def varlen_attention(
@@ -50,7 +43,7 @@ def varlen_attention(
     Gradients for q, k and v.
     """
     op = "varlen_attention"
-    choose_backend(op, backend)
+    run = select(op, backend, q)
     _check(op, q, k, v, cu_seqlens)
     _check_lengths(op, q, cu_seqlens, max_seqlen, lengths)
     if window is not None and (window < 1 or not causal):
@@ -62,7 +55,7 @@ def varlen_attention(
         )
     if softcap is not None and softcap <= 0:
         raise bad(op, "softcap must be positive", softcap, "Pass None for no soft-cap.")
-    return reference.varlen_attention(
+    return run(
         q,
         k,
         v,

@@ -10,16 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsft_kernels import reference
-from fastsft_kernels.launch import (
+from fastsft_kernels.checks import (
     bad,
     check_device,
     check_float,
     check_shape,
-    choose_backend,
     compute_dtype,
     describe,
 )
+from fastsft_kernels.launch import select
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -40,15 +39,13 @@ def cross_entropy(
     the logits by c tanh(logits / c). Finding the rows is one host synchronisation on a GPU.
     """
     op = "cross_entropy"
-    choose_backend(op, backend)
+    run = select(op, backend, logits)
     check_float(op, "logits", logits)
     if logits.ndim != 2:
         raise bad(op, "logits must be [T, V]", describe(logits), "Flatten batch and sequence.")
     _check_labels(op, labels, logits, logits.shape[1], ignore_index)
     _check_options(op, reduction, softcap)
-    return reference.cross_entropy(
-        logits, labels, ignore_index=ignore_index, reduction=reduction, softcap=softcap
-    )
+    return run(logits, labels, ignore_index=ignore_index, reduction=reduction, softcap=softcap)
 
 
 def linear_cross_entropy(
@@ -80,7 +77,7 @@ def linear_cross_entropy(
     derivative is not supported.
     """
     op = "linear_cross_entropy"
-    choose_backend(op, backend)
+    run = select(op, backend, hidden)
     check_float(op, "hidden", hidden)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise bad(
@@ -101,7 +98,7 @@ def linear_cross_entropy(
     if chunk_rows is not None and chunk_rows < 1:
         raise bad(op, "chunk_rows must be at least 1", chunk_rows, "Leave it out.")
     _check_labels(op, labels, hidden, weight.shape[0], ignore_index, rows)
-    return reference.linear_cross_entropy(
+    return run(
         hidden,
         weight,
         labels,

@@ -1,104 +1,229 @@
-"""Which backend runs an op, and the argument checks that every op shares.
+"""Which implementation runs an op, and how a Triton kernel is launched.
 
-A public function first checks its arguments, then asks `choose_backend`, then calls the
-implementation. The checks look at shapes, dtypes and devices only: reading a value from a GPU
-tensor would stall the step, so values are checked on the CPU alone, where reading is free.
+A public function checks its arguments, asks `select` for the implementation and calls it. The
+two candidates have one signature: `reference.<op>` in plain torch, and `triton_ops.<file>.<op>`.
 
-Every error says what was wrong, what was got and what to do. It is a plain ValueError: this
-package depends on torch (and, for its kernels, on Triton) and on nothing else.
+Every Triton kernel is launched through `launch`, with a configuration from `pinned`. That one
+gate gives three things: a tensor on another card than the current one is launched there; an empty
+grid launches nothing; and inside `record_launches` ops on meta tensors note what they would have
+launched instead. The static report compiles such records, and a test counts them.
+
+Which of several configurations or implementations is fastest is a matter of measurement, not of
+opinion: `pinned` and `variant` take the first candidate unless `choices.json` holds another for
+the card, put there by the benchmark that measured it.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastsft_kernels.checks import bad, describe
+
 BACKENDS = ("reference", "triton")
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_CHOICES = Path(__file__).with_name("choices.json")
 
-# Ops that have a Triton kernel. An op enters this set together with its kernel and its test.
-TRITON_OPS: frozenset[str] = frozenset()
+# Op -> the file of `triton_ops` that holds its Triton implementation.
+TRITON_OPS: dict[str, str] = {}
+
+# What the interpreter and a recording take a card to be: compute capability times ten, and its
+# multiprocessors. A recording names its own.
+_INTERPRETED = (90, 4)
 
 
-def choose_backend(op: str, backend: str | None) -> str:
-    """The backend that runs `op`: the one asked for, or the best there is.
+@dataclass
+class Launch:
+    """One launch of a recording: what `launch` was given."""
 
-    Raises ValueError for an unknown backend and for "triton" where the op has no kernel: a
-    caller that names a backend must never be served by another one unawares.
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass
+class Recording:
+    """Launches and chosen configurations seen by `record_launches`."""
+
+    capability: int
+    multiprocessors: int
+    launches: list[Launch] = field(default_factory=list)
+    candidates: dict[str, int] = field(default_factory=dict)  # of each `pinned` name: how many
+
+
+_recording: Recording | None = None
+_forced: dict[str, Any] = {}
+
+
+def select(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
+    """The function that runs `op` on tensors such as `x`.
+
+    None takes the best there is: Triton on a GPU, the reference elsewhere and for float64. A
+    backend that is named is never replaced by another. Raises ValueError for an unknown backend,
+    and for "triton" where it cannot run.
     """
-    if backend is None or backend == "reference":
-        return "reference"
+    if backend is None:
+        return _implementation(op, _best(op, x))
     if backend not in BACKENDS:
         raise bad(op, "unknown backend", repr(backend), "Pass None, 'reference' or 'triton'.")
+    if backend == "triton":
+        reason = _obstacle(op, x)
+        if reason:
+            raise bad(op, f"Triton cannot run here: {reason}", describe(x), "Pass backend=None.")
+    return _implementation(op, backend)
+
+
+def explain(op: str, x: Tensor) -> tuple[str, str]:
+    """(backend, reason) that backend=None chooses for tensors such as `x`; for a start-up table."""
+    if _best(op, x) == "triton":
+        return "triton", "Triton kernel"
+    return "reference", _obstacle(op, x) or "runs on a CPU"
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on: kernels then run on CPU tensors, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _best(op: str, x: Tensor) -> str:
+    on_gpu = x.device.type == "cuda" or (x.device.type == "meta" and _recording is not None)
+    if not on_gpu:
+        return "reference"
+    if not has_triton():
+        _warn_without_triton()
+    return "reference" if _obstacle(op, x) else "triton"
+
+
+def _obstacle(op: str, x: Tensor) -> str:
+    """Why Triton cannot run `op` on `x`; empty where it can."""
     if op not in TRITON_OPS:
-        raise bad(
-            op,
-            "there is no Triton kernel for this op yet",
-            "backend='triton'",
-            "Pass backend=None or backend='reference'.",
-        )
-    return backend
-
-
-def bad(op: str, what: str, got: object, do: str) -> ValueError:
-    """The one form of an argument error: what is wrong, what was got, what to do."""
-    return ValueError(f"{op}: {what}; got {got}. {do}")
-
-
-def describe(x: Tensor) -> str:
-    """A tensor in an error message: shape, dtype, device."""
-    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
-
-
-def check_float(op: str, name: str, x: Tensor) -> None:
-    if x.dtype not in FLOATS:
-        raise bad(
-            op,
-            f"{name} must be floating point",
-            describe(x),
-            "Pass bfloat16, float16, float32 or float64.",
-        )
-
-
-def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
-    """`x` must have the dtype and the device of `like`."""
-    if x.dtype != like.dtype or x.device != like.device:
-        raise bad(
-            op,
-            f"{name} must have the dtype and device of {like_name} ({describe(like)})",
-            describe(x),
-            f"Convert it with {name}.to({like_name}).",
-        )
-
-
-def check_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
-    if x.device != like.device:
-        raise bad(
-            op,
-            f"{name} must be on the device of {like_name} ({like.device})",
-            describe(x),
-            f"Move it with {name}.to({like_name}.device).",
-        )
-
-
-def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    if tuple(x.shape) != shape:
-        raise bad(
-            op,
-            f"{name} must be {meaning} = {list(shape)}",
-            describe(x),
-            "Check which tensors belong together.",
-        )
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype matrix products run in: autocast's where it is on, else that of `x`.
-
-    Operations inside a torch.autograd.Function see autocast in forward but not in backward, so
-    ops with their own backward settle the dtype themselves, before they start.
-    """
+        return "there is no Triton kernel for this op"
+    if not has_triton():
+        return "the package triton is not installed"
+    if x.dtype == torch.float64:
+        return "the kernels compute in float32, and x is float64"
     kind = x.device.type
-    known = torch.amp.is_autocast_available(kind)  # the meta device, say, has none
-    if known and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    if kind == "cuda" or (kind == "meta" and _recording) or (kind == "cpu" and interpreting()):
+        return ""
+    return f"x is on {x.device}, not on a GPU"
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _warn_without_triton() -> None:
+    warnings.warn(
+        "fastsft_kernels: tensors are on a GPU, but the package triton is not installed; plain "
+        "torch runs instead, several times slower. Install triton.",
+        stacklevel=4,
+    )
+
+
+@cache
+def _implementation(op: str, backend: str) -> Callable[..., Any]:
+    name = "reference" if backend == "reference" else f"triton_ops.{TRITON_OPS[op]}"
+    return getattr(importlib.import_module(f"fastsft_kernels.{name}"), op)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launches `kernel` on the card of its first tensor; on meta tensors, records it."""
+    if 0 in grid:
+        return
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    if device.type == "meta":
+        assert _recording is not None, "a kernel was launched on meta tensors outside a recording"
+        _recording.launches.append(Launch(kernel, grid, args, options))
+    elif device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+@contextmanager
+def record_launches(capability: int = 90, multiprocessors: int = 132) -> Iterator[Recording]:
+    """Ops on meta tensors inside run their Triton path, recording launches instead of making them."""
+    global _recording
+    assert _recording is None, "recordings do not nest"
+    _recording = Recording(capability, multiprocessors)
+    try:
+        yield _recording
+    finally:
+        _recording = None
+
+
+def capability(x: Tensor) -> int:
+    """Compute capability times ten of the card that `x` is on: 90 for Hopper."""
+    if x.device.type == "cuda":
+        return _properties(x.device)[0]
+    return _recording.capability if _recording else _INTERPRETED[0]
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many multiprocessors the card of `x` has."""
+    if x.device.type == "cuda":
+        return _properties(x.device)[1]
+    return _recording.multiprocessors if _recording else _INTERPRETED[1]
+
+
+@cache
+def _properties(device: torch.device) -> tuple[int, int, str]:
+    p = torch.cuda.get_device_properties(device)
+    return 10 * p.major + p.minor, p.multi_processor_count, p.name
+
+
+def pinned(name: str, candidates: Sequence[dict[str, int]], x: Tensor) -> dict[str, int]:
+    """The launch configuration called `name`: constexprs, num_warps, num_stages.
+
+    `candidates[0]` is the default. A choice recorded for the card, or one forced, must be among
+    the candidates: configurations nobody compiled and checked do not run.
+    """
+    assert candidates
+    if _recording is not None:
+        _recording.candidates[name] = len(candidates)
+    if name in _forced:
+        return candidates[_forced[name] % len(candidates)]
+    chosen = _recorded(x).get(name)
+    return chosen if chosen in candidates else candidates[0]
+
+
+def variant(name: str, candidates: Sequence[str], x: Tensor) -> str:
+    """Which of several implementations of `name` runs; `candidates[0]` unless measured otherwise."""
+    chosen = _forced.get(name) or _recorded(x).get(name)
+    return chosen if chosen in candidates else candidates[0]
+
+
+@contextmanager
+def forced(**choices: Any) -> Iterator[None]:
+    """Takes candidate number `choices[name]` of a `pinned`, or that `variant`: for tests and search."""
+    before = dict(_forced)
+    _forced.update(choices)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def _recorded(x: Tensor) -> dict[str, Any]:
+    return _choices().get(_properties(x.device)[2], {}) if x.device.type == "cuda" else {}
+
+
+@cache
+def _choices() -> dict[str, dict[str, Any]]:
+    """Card -> name -> what was fastest there."""
+    return json.loads(_CHOICES.read_text())

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastsft_kernels import reference
-from fastsft_kernels.dropout import DropoutKey, check_key
-from fastsft_kernels.launch import (
+from fastsft_kernels.checks import (
     bad,
     check_device,
     check_float,
     check_shape,
-    choose_backend,
     compute_dtype,
     describe,
 )
+from fastsft_kernels.dropout import DropoutKey, check_key
+from fastsft_kernels.launch import select
 from fastsft_kernels.nf4_format import NF4Weight
 
 
@@ -48,13 +47,13 @@ def lora_linear(
     Gradients for x, lora_a, lora_b, and for weight and bias where they require them.
     """
     op = "lora_linear"
-    choose_backend(op, backend)
+    run = select(op, backend, x)
     _check(op, x, weight, lora_a, lora_b, bias)
     if not 0 <= dropout_p < 1:
         raise bad(op, "dropout_p must be in [0, 1)", dropout_p, "Pass a probability below 1.")
     if dropout_key is not None:
         check_key(op, dropout_key, x.numel() // x.shape[-1])
-    return reference.lora_linear(
+    return run(
         x,
         weight,
         lora_a,

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsft_kernels import reference
-from fastsft_kernels.launch import bad, choose_backend, describe
+from fastsft_kernels.checks import bad, describe
+from fastsft_kernels.launch import select
 from fastsft_kernels.nf4_format import NF4Weight
 
 __all__ = ["NF4Weight", "nf4_dequantize", "nf4_quantize"]
@@ -33,7 +33,7 @@ def nf4_quantize(
     double_quant stores the block scales in 8 bits as well. No gradient flows.
     """
     op = "nf4_quantize"
-    choose_backend(op, backend)
+    run = select(op, backend, weight)
     if weight.ndim != 2 or weight.numel() == 0:
         raise bad(
             op, "weight must be a matrix [N, K] that is not empty", describe(weight), "Reshape it."
@@ -47,7 +47,7 @@ def nf4_quantize(
         )
     if block_size not in _BLOCK_SIZES:
         raise bad(op, "no such block_size", block_size, f"Pass one of {_BLOCK_SIZES}.")
-    return reference.nf4_quantize(weight, block_size=block_size, double_quant=double_quant)
+    return run(weight, block_size=block_size, double_quant=double_quant)
 
 
 def nf4_dequantize(
@@ -63,7 +63,7 @@ def nf4_dequantize(
     last dimension must be contiguous. Only its N x K numbers are written.
     """
     op = "nf4_dequantize"
-    choose_backend(op, backend)
+    run = select(op, backend, nf4.packed)
     if dtype not in _DTYPES:
         raise bad(op, "dtype must be bfloat16, float16 or float32", dtype, "Convert afterwards.")
     if out is not None and (
@@ -78,4 +78,4 @@ def nf4_dequantize(
             f"{describe(out)}, strides {out.stride()}",
             "Pass a slice of a row-major buffer.",
         )
-    return reference.nf4_dequantize(nf4, dtype=dtype, out=out)
+    return run(nf4, dtype=dtype, out=out)

@@ -24,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastsft_kernels.launch import bad, describe
+from fastsft_kernels.checks import bad, describe
 
 # Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero
 # (Dettmers et al., QLoRA, 2023, appendix E).

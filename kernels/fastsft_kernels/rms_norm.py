@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastsft_kernels import reference
-from fastsft_kernels.launch import (
-    check_device,
-    check_float,
-    check_like,
-    check_shape,
-    choose_backend,
-)
+from fastsft_kernels.checks import check_device, check_float, check_like, check_shape
+from fastsft_kernels.launch import select
 
 
 def rms_norm(
@@ -30,7 +24,7 @@ def rms_norm(
     for x, weight and residual.
     """
     op = "rms_norm"
-    choose_backend(op, backend)
+    run = select(op, backend, x)
     check_float(op, "x", x)
     check_float(op, "weight", weight)
     check_shape(op, "weight", weight, tuple(x.shape[-1:]), "[H]")
@@ -38,4 +32,4 @@ def rms_norm(
     if residual is not None:
         check_shape(op, "residual", residual, tuple(x.shape), "of x's shape")
         check_like(op, "residual", residual, "x", x)
-    return reference.rms_norm(x, weight, eps, offset=offset, residual=residual)
+    return run(x, weight, eps, offset=offset, residual=residual)

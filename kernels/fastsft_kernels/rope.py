@@ -9,15 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastsft_kernels import reference
-from fastsft_kernels.launch import (
-    bad,
-    check_device,
-    check_float,
-    check_like,
-    choose_backend,
-    describe,
-)
+from fastsft_kernels.checks import bad, check_device, check_float, check_like, describe
+from fastsft_kernels.launch import select
 
 
 def rope(
@@ -29,7 +22,7 @@ def rope(
     than q; no gradient flows to them. Gradients for q and k.
     """
     op = "rope"
-    choose_backend(op, backend)
+    run = select(op, backend, q)
     check_float(op, "q", q)
     check_float(op, "cos", cos)
     check_like(op, "k", k, "q", q)
@@ -56,4 +49,4 @@ def rope(
             describe(cos),
             "Pass R/2 columns, without the repeated half.",
         )
-    return reference.rope(q, k, cos.detach(), sin.detach())
+    return run(q, k, cos.detach(), sin.detach())

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastsft_kernels.launch import compute_dtype
+from fastsft_kernels.checks import compute_dtype
 
 _CPU_PIECE = 1 << 20  # logits at a time on a CPU, where a piece should stay in the cache
 _GPU_PIECE = 1 << 27  # and on a GPU, where a product needs some thousand rows to fill the card

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastsft_kernels.checks import compute_dtype
 from fastsft_kernels.dropout import DropoutKey, keep_scale, lora_dropout_mask, random_key
-from fastsft_kernels.launch import compute_dtype
 from fastsft_kernels.nf4_format import NF4Weight
 from fastsft_kernels.reference.nf4 import nf4_dequantize
 
