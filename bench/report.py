@@ -1,8 +1,10 @@
-"""The README's results, from the rows in bench/results/ and nothing else.
+"""What the README files say of results, from the rows in bench/results/ and nothing else.
 
-    python -m bench.report          rewrites the block between the two markers
+    python -m bench.report
 
-A figure without a row behind it cannot appear; a test fails when block and rows disagree.
+rewrites the blocks between markers in README.md and bench/README.md, the last column of the table
+in kernels/README.md and the roofline of each card. A figure without a row behind it cannot appear;
+a test fails when text and rows disagree.
 """
 
 from __future__ import annotations
@@ -12,10 +14,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from bench import limits, roofline, tables
+from bench import rows as bench_rows
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu"
+STATIC = ROOT / "bench" / "results" / "static"
 README = ROOT / "README.md"
+BENCH_README = ROOT / "bench" / "README.md"
+KERNELS_README = ROOT / "kernels" / "README.md"
 BLOCK = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
+FIRST_CARD = "NVIDIA H200"  # whose figures kernels/README.md shows where it has any
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -73,10 +82,65 @@ def block() -> str:
     return "\n".join(lines) + "\n"
 
 
+def measured() -> dict[str, list[dict[str, Any]]]:
+    """Card -> the rows of its kernels, of every GPU there are results of."""
+    files = [bench_rows.load(path) for path in sorted(RESULTS.parent.glob("*/kernels.json"))]
+    return {about["card"]: found for about, found in files if about["driver"]}
+
+
+def kernels_block() -> str:
+    """The tables of bench/README.md: kernels on each card, and what the compiler made of them."""
+    parts: list[str] = []
+    for card, found in measured().items():
+        parts += [f"### {card}\n\n", tables.kernels(card, found), f"\n![]({_picture(card)})\n\n"]
+    parts = parts or ["Kernels on a GPU: not measured.\n\n"]
+    compiled = [(path.stem, bench_rows.load(path)[1]) for path in sorted(STATIC.glob("*.json"))]
+    for name, built in compiled:
+        wrong = sum(bool(row["failures"]) for row in built)
+        parts.append(
+            f"- [{name}](results/static/{name}.md): {len(built)} kernels compiled, {wrong} with failures\n"
+        )
+    for name, built in compiled[-1:]:  # the newest Triton, as most people run it
+        usual = [r for r in built if r["choice"] in ("", "nvcc") and r["dtype"] in ("bfloat16", "")]
+        parts += [f"\nDefault configurations in bf16, {name}. ", tables.STATIC_KEY, "\n"]
+        parts.append(tables.static(usual))
+    return "".join(parts)
+
+
+def _picture(card: str) -> str:
+    return f"results/{bench_rows.slug(card)}/roofline.png"
+
+
+def kernels_readme(text: str) -> str:
+    """kernels/README.md with the measured gain of each op in the last column of its table."""
+    cards = measured()
+    card = FIRST_CARD if FIRST_CARD in cards else min(cards, default="")
+
+    def line(match: re.Match[str]) -> str:
+        cells = match[0].split(" | ")
+        gains = [
+            tables.gain(op, card, cards.get(card, ()))
+            for op in cells[0].strip("| ").replace("`", "").split(", ")
+        ]
+        known = [g for g in gains if g != tables.NOT_MEASURED]
+        return " | ".join([*cells[:-1], "; ".join(known) or tables.NOT_MEASURED]) + " |"
+
+    table = re.compile(r"(?<=measured gain \|\n)\|[-|]+\|\n(?:\|.*\n)*")
+    return table.sub(lambda m: re.sub(r"^\| .*\|$", line, m[0], flags=re.MULTILINE), text)
+
+
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert BLOCK.search(text), "README.md lost its markers"
-    README.write_text(BLOCK.sub(lambda _: block(), text), encoding="utf-8")
+    for path, made in ((README, block()), (BENCH_README, kernels_block())):
+        head, rest = path.read_text(encoding="utf-8").split("<!-- results -->\n")
+        tail = rest.split("<!-- /results -->")[1]
+        whole = f"{head}<!-- results -->\n{made}<!-- /results -->{tail}"
+        path.write_text(whole, encoding="utf-8")
+    text = KERNELS_README.read_text(encoding="utf-8")
+    KERNELS_README.write_text(kernels_readme(text), encoding="utf-8")
+    for card, found in measured().items():
+        rates = limits.rates_of(card, found)
+        if rates:
+            roofline.plot(card, found, rates, BENCH_README.parent / _picture(card))
 
 
 if __name__ == "__main__":

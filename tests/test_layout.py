@@ -24,6 +24,7 @@ LAYERS = [
         "fastsft.model",
         {"errors", "config", "builtin", "data", "console", "device", "disk", "fastsft_kernels"},
     ),
+    ("fastsft.integrations", {"model", "fastsft_kernels"}),
     ("fastsft.optim", {"errors", "config"}),
     ("fastsft.checkpoint", {"errors", "config", "disk"}),
     ("fastsft.run_folder", {"errors", "config", "checkpoint", "disk"}),

@@ -6,13 +6,16 @@ ever built. Grouped-query attention, sliding windows and soft-capped scores are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsft_kernels.checks import bad, check_device, check_float, check_like, describe
 from fastsft_kernels.launch import select
+
+LARGEST_HEAD = 256
 
 
 def varlen_attention(
@@ -27,6 +30,7 @@ def varlen_attention(
     window: int | None = None,
     softcap: float | None = None,
     lengths: Sequence[int] | None = None,
+    blocks: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """q [T, Hq, D], k and v [T, Hkv, D] -> o [T, Hq, D].
@@ -34,27 +38,23 @@ def varlen_attention(
     cu_seqlens  int32 [S+1], from 0 to T; document s is the rows cu_seqlens[s] to cu_seqlens[s+1]
     max_seqlen  the longest document, or more
     Hq must be a multiple of Hkv: query head h reads key head h // (Hq / Hkv).
-    scale       of the scores, 1/sqrt(D) by default
+    scale       of the scores, positive; 1/sqrt(D) by default
     window      causal only: token i sees the tokens i-window+1 to i (as in transformers)
     softcap     c: scores become c tanh(scores / c)
     lengths     host copy of the S document lengths, when the caller has them: they are believed.
                 Without it the reference reads cu_seqlens, one host synchronisation
+    blocks      `fused.attention_blocks(lengths, device)`, for the kernels: the grid is then exact
+                and the longest blocks run first. Made once for all layers; the reference ignores it
 
-    Gradients for q, k and v.
+    Gradients for q, k and v; on Triton not twice differentiable. Heads of more than 256 numbers run
+    the reference. Raises ValueError for shapes, dtypes and options that do not fit, and for lengths
+    that the host can see are wrong.
     """
     op = "varlen_attention"
-    run = select(op, backend, q)
-    _check(op, q, k, v, cu_seqlens)
+    run = choose(op, backend, q)
+    check_attention(op, q, k, v, cu_seqlens, blocks)
+    check_scores(op, causal, scale, window, softcap)
     _check_lengths(op, q, cu_seqlens, max_seqlen, lengths)
-    if window is not None and (window < 1 or not causal):
-        raise bad(
-            op,
-            "window must be at least 1, and needs causal=True",
-            f"window={window}, causal={causal}",
-            "Pass window=None for full attention.",
-        )
-    if softcap is not None and softcap <= 0:
-        raise bad(op, "softcap must be positive", softcap, "Pass None for no soft-cap.")
     return run(
         q,
         k,
@@ -66,10 +66,24 @@ def varlen_attention(
         window=window,
         softcap=softcap,
         lengths=lengths,
+        blocks=blocks,
     )
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
+def choose(op: str, backend: str | None, q: Tensor) -> Callable[..., Any]:
+    """`select`, but heads that are too large for the kernels run the reference."""
+    if q.ndim == 3 and q.shape[2] > LARGEST_HEAD:
+        if backend == "triton":
+            what = f"the kernels hold heads of up to {LARGEST_HEAD} numbers"
+            raise bad(op, what, describe(q), "Pass backend=None.")
+        backend = backend or "reference"
+    return select(op, backend, q)
+
+
+def check_attention(
+    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, blocks: Tensor | None
+) -> None:
+    """Raises ValueError unless the tensors belong together."""
     check_float(op, "q", q)
     check_like(op, "k", k, "q", q)
     check_like(op, "v", v, "q", q)
@@ -86,6 +100,30 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None
             op, "cu_seqlens must be int32 [S+1]", describe(cu_seqlens), "Convert with .int()."
         )
     check_device(op, "cu_seqlens", cu_seqlens, "q", q)
+    if blocks is None:
+        return
+    if blocks.dtype != torch.int32 or blocks.ndim != 2 or blocks.shape[1] != 2:
+        raise bad(
+            op, "blocks must be int32 [n, 2]", describe(blocks), "Make it with attention_blocks."
+        )
+    check_device(op, "blocks", blocks, "q", q)
+
+
+def check_scores(
+    op: str, causal: bool, scale: float | None, window: int | None, softcap: float | None
+) -> None:
+    """Raises ValueError for options of the scores that mean nothing."""
+    if scale is not None and not scale > 0:
+        raise bad(op, "scale must be positive", scale, "Pass None for 1/sqrt(D).")
+    if window is not None and (window < 1 or not causal):
+        raise bad(
+            op,
+            "window must be at least 1, and needs causal=True",
+            f"window={window}, causal={causal}",
+            "Pass window=None for full attention.",
+        )
+    if softcap is not None and not softcap > 0:
+        raise bad(op, "softcap must be positive", softcap, "Pass None for no soft-cap.")
 
 
 def _check_lengths(

@@ -36,15 +36,17 @@ def cross_entropy(
 
     Rows labelled `ignore_index` have loss 0 and no gradient. reduction "mean" divides by the rows
     that count and is nan where there is none, as in torch; "none" gives [T]. softcap c replaces
-    the logits by c tanh(logits / c). Finding the rows is one host synchronisation on a GPU.
+    the logits by c tanh(logits / c). The logits are kept as they are, and kept for backward, which
+    reads them again. Nothing waits for the device. A second derivative is not supported.
     """
     op = "cross_entropy"
     run = select(op, backend, logits)
     check_float(op, "logits", logits)
     if logits.ndim != 2:
         raise bad(op, "logits must be [T, V]", describe(logits), "Flatten batch and sequence.")
-    _check_labels(op, labels, logits, logits.shape[1], ignore_index)
+    check_labels(op, labels, logits, logits.shape[1], ignore_index)
     _check_options(op, reduction, softcap)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     return run(logits, labels, ignore_index=ignore_index, reduction=reduction, softcap=softcap)
 
 
@@ -62,7 +64,7 @@ def linear_cross_entropy(
     return_correct: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross entropy of softcap(scale · hidden weightᵀ) against labels, logits never whole.
+    """Cross entropy of softcap(scale · hidden weightᵀ) against labels, logits never whole; scale > 0.
 
     hidden [T, H], weight [V, H] of the same dtype (any, under autocast), labels int64 [T].
     rows            int64 [n], exactly the rows whose label counts; without it they are looked
@@ -95,9 +97,11 @@ def linear_cross_entropy(
             "Convert one of them.",
         )
     _check_options(op, reduction, softcap)
+    if scale <= 0:
+        raise bad(op, "scale must be positive", scale, "Pass 1.0 for none.")
     if chunk_rows is not None and chunk_rows < 1:
         raise bad(op, "chunk_rows must be at least 1", chunk_rows, "Leave it out.")
-    _check_labels(op, labels, hidden, weight.shape[0], ignore_index, rows)
+    check_labels(op, labels, hidden, weight.shape[0], ignore_index, rows)
     return run(
         hidden,
         weight,
@@ -119,7 +123,7 @@ def _check_options(op: str, reduction: str, softcap: float | None) -> None:
         raise bad(op, "softcap must be positive", softcap, "Pass None for no soft-cap.")
 
 
-def _check_labels(
+def check_labels(
     op: str,
     labels: Tensor,
     x: Tensor,
@@ -127,6 +131,7 @@ def _check_labels(
     ignore_index: int,
     rows: Tensor | None = None,
 ) -> None:
+    """Raises ValueError unless `labels` (and `rows`) fit x [T, ..]; on a CPU, values too."""
     check_shape(op, "labels", labels, (x.shape[0],), "[T]")
     check_device(op, "labels", labels, "the input", x)
     if labels.dtype != torch.int64:

@@ -35,7 +35,32 @@ BACKENDS = ("reference", "triton")
 _CHOICES = Path(__file__).with_name("choices.json")
 
 # Op -> the file of `triton_ops` that holds its Triton implementation.
-TRITON_OPS: dict[str, str] = {}
+TRITON_OPS: dict[str, str] = {
+    "attention_backward": "attention_backward",
+    "attention_delta": "attention_delta",
+    "attention_forward": "attention",
+    "cross_entropy": "cross_entropy",
+    "cross_entropy_": "cross_entropy",
+    "geglu": "glu",
+    "glu_backward": "glu_adapters",
+    "glu_forward": "glu",
+    "linear_cross_entropy": "cross_entropy",
+    "lora_linear": "lora",
+    "nf4_dequantize": "nf4",
+    "nf4_dequantize_group": "nf4",
+    "nf4_quantize": "nf4",
+    "pack_adapters": "pack",
+    "rms_norm": "rms_norm",
+    "rms_norm_backward": "rms_norm",
+    "rms_norm_forward": "rms_norm",
+    "rope": "rope",
+    "rope_": "rope",
+    "skinny_dA": "skinny",
+    "skinny_dB": "skinny",
+    "swiglu": "glu",
+    "tails": "tails",
+    "varlen_attention": "attention",
+}
 
 # What the interpreter and a recording take a card to be: compute capability times ten, and its
 # multiprocessors. A recording names its own.
@@ -60,6 +85,7 @@ class Recording:
     multiprocessors: int
     launches: list[Launch] = field(default_factory=list)
     candidates: dict[str, int] = field(default_factory=dict)  # of each `pinned` name: how many
+    choices: dict[str, list[Any]] = field(default_factory=dict)  # of `pinned` and `variant`: all
 
 
 _recording: Recording | None = None
@@ -73,6 +99,7 @@ def select(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
     backend that is named is never replaced by another. Raises ValueError for an unknown backend,
     and for "triton" where it cannot run.
     """
+    backend = backend or _forced.get("backend")
     if backend is None:
         return _implementation(op, _best(op, x))
     if backend not in BACKENDS:
@@ -180,6 +207,12 @@ def multiprocessors(x: Tensor) -> int:
     return _recording.multiprocessors if _recording else _INTERPRETED[1]
 
 
+def shared_memory(x: Tensor) -> int:
+    """Bytes of shared memory that one program may use on the card of `x`."""
+    kib = {80: 163, 86: 99, 87: 163, 89: 99, 120: 99, 121: 99}
+    return 1024 * kib.get(capability(x), 227)
+
+
 @cache
 def _properties(device: torch.device) -> tuple[int, int, str]:
     p = torch.cuda.get_device_properties(device)
@@ -195,21 +228,32 @@ def pinned(name: str, candidates: Sequence[dict[str, int]], x: Tensor) -> dict[s
     assert candidates
     if _recording is not None:
         _recording.candidates[name] = len(candidates)
+        _recording.choices[name] = list(candidates)
     if name in _forced:
         return candidates[_forced[name] % len(candidates)]
     chosen = _recorded(x).get(name)
-    return chosen if chosen in candidates else candidates[0]
+    return candidates[candidates.index(chosen) if chosen in candidates else 0]
 
 
 def variant(name: str, candidates: Sequence[str], x: Tensor) -> str:
     """Which of several implementations of `name` runs; `candidates[0]` unless measured otherwise."""
+    if _recording is not None:
+        _recording.choices[name] = list(candidates)
     chosen = _forced.get(name) or _recorded(x).get(name)
-    return chosen if chosen in candidates else candidates[0]
+    return candidates[candidates.index(chosen) if chosen in candidates else 0]
+
+
+def forced_choice(name: str) -> Any:
+    """What `forced` says for `name`, or None."""
+    return _forced.get(name)
 
 
 @contextmanager
 def forced(**choices: Any) -> Iterator[None]:
-    """Takes candidate number `choices[name]` of a `pinned`, or that `variant`: for tests and search."""
+    """Takes candidate number `choices[name]` of a `pinned`, or that `variant`: for tests and search.
+
+    backend="triton" stands in for every backend=None, which the interpreter needs.
+    """
     before = dict(_forced)
     _forced.update(choices)
     try:

@@ -4,15 +4,23 @@ Decoded values are bit-equal to bitsandbytes', in both directions of the checkpo
 importing it; `nf4_format` holds the arithmetic that this rests on. Quantising gives the codes of
 bitsandbytes' CUDA kernels; its CPU quantiser of the scales uses a coarser table and now and then
 picks the neighbouring 8-bit code.
+
+On a GPU there are two implementations, Triton's and, where csrc is built, CUDA C++. Both give the
+same bits; the one that the benchmark found faster on the card runs, and Triton's where nothing
+was measured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastsft_kernels import cuda_ops
 from fastsft_kernels.checks import bad, describe
-from fastsft_kernels.launch import select
+from fastsft_kernels.launch import forced_choice, select, variant
 from fastsft_kernels.nf4_format import NF4Weight
 
 __all__ = ["NF4Weight", "nf4_dequantize", "nf4_quantize"]
@@ -33,7 +41,7 @@ def nf4_quantize(
     double_quant stores the block scales in 8 bits as well. No gradient flows.
     """
     op = "nf4_quantize"
-    run = select(op, backend, weight)
+    run = select_nf4(op, backend, weight)
     if weight.ndim != 2 or weight.numel() == 0:
         raise bad(
             op, "weight must be a matrix [N, K] that is not empty", describe(weight), "Reshape it."
@@ -63,7 +71,7 @@ def nf4_dequantize(
     last dimension must be contiguous. Only its N x K numbers are written.
     """
     op = "nf4_dequantize"
-    run = select(op, backend, nf4.packed)
+    run = select_nf4(op, backend, nf4.packed)
     if dtype not in _DTYPES:
         raise bad(op, "dtype must be bfloat16, float16 or float32", dtype, "Convert afterwards.")
     if out is not None and (
@@ -79,3 +87,14 @@ def nf4_dequantize(
             "Pass a slice of a row-major buffer.",
         )
     return run(nf4, dtype=dtype, out=out)
+
+
+def select_nf4(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
+    """As `launch.select`, and for backend=None also the CUDA C++ build where it is the choice."""
+    run = select(op, backend, x)
+    if backend is not None or x.device.type == "meta":
+        return run
+    chosen = forced_choice(op)
+    if chosen is None and cuda_ops.is_built():
+        chosen = variant(op, ["triton", "cuda"], x)
+    return getattr(cuda_ops, op) if chosen == "cuda" else run

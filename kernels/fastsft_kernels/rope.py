@@ -21,8 +21,13 @@ def rope(
     Number i < R/2 of a head turns with number i + R/2. The tables may be of another float dtype
     than q; no gradient flows to them. Gradients for q and k.
     """
-    op = "rope"
-    run = select(op, backend, q)
+    run = select("rope", backend, q)
+    check_rope("rope", q, k, cos, sin)
+    return run(q, k, cos.detach(), sin.detach())
+
+
+def check_rope(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raises ValueError unless the heads fit each other and the tables fit them."""
     check_float(op, "q", q)
     check_float(op, "cos", cos)
     check_like(op, "k", k, "q", q)
@@ -49,4 +54,3 @@ def rope(
             describe(cos),
             "Pass R/2 columns, without the repeated half.",
         )
-    return run(q, k, cos.detach(), sin.detach())

@@ -4,10 +4,10 @@ On a machine without a GPU the kernels run in Triton's interpreter (float32 and 
 bfloat16 products are wrong); with one, the same tests run on it, bfloat16 included.
 """
 
-import math
-
 import pytest
 import torch
+
+from bench import accuracy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -16,11 +16,8 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Uninitialised memory holds NaN, so that a number a kernel forgot to write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before)
+    with accuracy.poisoned_memory():
+        yield
 
 
 def randn(*shape, dtype=torch.float32, seed=0, scale=1.0):
@@ -29,28 +26,9 @@ def randn(*shape, dtype=torch.float32, seed=0, scale=1.0):
 
 
 def check(got, exact, plain, *, factor=2.0, name="result"):
-    """`got` is as near to the float64 `exact` as torch's own `plain` at the same precision.
-
-    The root mean square error may be `factor` times torch's, the largest error 2 x factor times;
-    to both is added half the spacing of got's dtype at the size of the result (an exact `plain`
-    would otherwise allow no rounding at all).
-    """
-    assert got.shape == exact.shape == plain.shape, (name, got.shape, exact.shape, plain.shape)
-    assert got.dtype == plain.dtype, (name, got.dtype, plain.dtype)
-    assert exact.dtype == torch.float64
-    if not got.numel():
-        return
-    assert torch.isfinite(got).all(), f"{name}: {(~torch.isfinite(got)).sum()} numbers not finite"
-    ours, theirs = got.double() - exact, plain.double() - exact
-    half = torch.finfo(got.dtype).eps / 2
-    rms, largest = ours.square().mean().sqrt().item(), ours.abs().max().item()
-    allowed_rms = (
-        factor * theirs.square().mean().sqrt().item() + half * exact.square().mean().sqrt().item()
-    )
-    allowed = 2 * factor * theirs.abs().max().item() + half * exact.abs().max().item()
-    assert not math.isnan(allowed + allowed_rms), name
-    assert rms <= allowed_rms, f"{name}: rms error {rms:.3g}, torch's rule allows {allowed_rms:.3g}"
-    assert largest <= allowed, f"{name}: largest error {largest:.3g}, allowed {allowed:.3g}"
+    """`got` is as near to the float64 `exact` as torch's own `plain`, by the rule of bench.accuracy."""
+    problem = accuracy.judge(got, exact, plain, factor).problem
+    assert not problem, f"{name}: {problem}"
 
 
 def check_gradients(op, oracle, inputs, *, factor=2.0, names=None):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastsft_kernels import cross_entropy, linear_cross_entropy
+from fastsft_kernels.fused import cross_entropy_
 from torch.autograd import gradcheck
 
 T, H, V = 37, 12, 50
@@ -87,6 +88,35 @@ def test_gradcheck(reduction):
     assert gradcheck(lambda z: cross_entropy(z, labels, **kwargs), (logits,))
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("by", ["number", "one", "per row", "none"])
+@pytest.mark.parametrize("in_out", [False, True])
+def test_the_gradient_in_place_is_autograds(options, by, in_out):
+    """cross_entropy_ in float64: losses, correct guesses, entropies, and the gradient for each `by`."""
+    hidden, weight, labels = case()
+    logits = (3 * hidden @ weight.t()).detach().requires_grad_()
+    z = logits * options.get("scale", 1.0)
+    if "softcap" in options:
+        z = options["softcap"] * torch.tanh(z / options["softcap"])
+    losses = F.cross_entropy(z, labels, reduction="none")
+    factor = {"number": 0.3, "one": torch.randn((), dtype=z.dtype), "none": None}.get(by)
+    if by == "per row":
+        factor = torch.randn(T, dtype=z.dtype)
+    held = logits.detach().clone()
+    out = torch.full_like(held, torch.nan) if in_out and by != "none" else None
+    got = cross_entropy_(held, labels, gradient_scale=factor, out=out, **options)
+    torch.testing.assert_close(got.loss, losses.detach(), rtol=1e-12, atol=1e-12)
+    trained = labels != -100
+    assert torch.equal(got.correct, (logits.argmax(1) == labels) & trained) and got.correct.any()
+    entropy = torch.distributions.Categorical(logits=z.detach()).entropy() * trained
+    torch.testing.assert_close(got.entropy, entropy, rtol=1e-12, atol=1e-12)
+    if by == "none" or in_out:
+        assert torch.equal(held, logits)
+    if by != "none":
+        (want,) = torch.autograd.grad((losses * factor).sum(), [logits])
+        torch.testing.assert_close(held if out is None else out, want, rtol=1e-11, atol=1e-13)
+
+
 def test_soft_capped_scaled_head_is_transformers():
     from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 
@@ -122,12 +152,12 @@ def test_frozen_weight_and_evaluation_compute_no_gradient(monkeypatch):
     calls = []
     product = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, **k: calls.append(1) or product(*a, **k))
-    linear_cross_entropy(hidden, weight, labels)
-    assert calls  # training multiplies dlogits out in forward ...
+    linear_cross_entropy(hidden, weight.detach(), labels)
+    assert len(calls) == 2  # training multiplies the gradient of the logits out in forward ...
     calls.clear()
     with torch.no_grad():
         quiet = linear_cross_entropy(hidden, weight, labels)
-    assert not calls and not quiet.requires_grad  # ... evaluation does not
+    assert len(calls) == 1 and not quiet.requires_grad  # ... evaluation does not
     torch.testing.assert_close(quiet, loss.detach(), rtol=1e-12, atol=0)
 
 

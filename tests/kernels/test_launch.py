@@ -29,7 +29,18 @@ def test_masks_are_those_of_the_reference(p, seed, step, module):
     rows = torch.tensor([0, 1, 2**24 + 3, 2**33 + 7, 2**62 + 2**31], device=DEVICE)
     out = torch.full((5, 44), 9, dtype=torch.int8, device=DEVICE)
     gate.launch(
-        _write_mask, (1, 2), out, rows, 5, 44, seed, step, module, threshold(p), BM=16, BN=32
+        _write_mask,
+        (1, 2),
+        out,
+        rows,
+        5,
+        44,
+        seed,
+        step,
+        4 * module + 2,
+        threshold(p),
+        BM=16,
+        BN=32,
     )
     assert torch.equal(out.bool(), lora_dropout_mask(DropoutKey(seed, step, module, rows), 44, p))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastsft.config import LoraConfig
 from fastsft.errors import UserError
-from fastsft.model.attention import CannotPack, plain_attention
+from fastsft.model.attention import NAME, CannotPack, plain_attention
 from fastsft.model.compat import CompatEngine
 from fastsft.model.context import StepContext
 from fastsft.model.lora import LoraSet, add_adapters
@@ -372,4 +372,4 @@ def test_generation_needs_the_models_own_attention() -> None:
             torch.tensor([[5, 6, 7, 8, 9, 10, 11]]), max_new_tokens=5, do_sample=False
         )
     assert torch.equal(found, expected)
-    assert model.config._attn_implementation == "fastsft"
+    assert model.config._attn_implementation == NAME

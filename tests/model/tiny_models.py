@@ -36,6 +36,7 @@ FAMILIES: dict[str, dict] = {
     "granite": {**_LLAMA, "logits_scaling": 7.0, "attention_multiplier": 0.3,
                 "residual_multiplier": 0.4, "embedding_multiplier": 3.0},
     "olmo2": _LLAMA,
+    "smollm3": {**_LLAMA, "no_rope_layers": [1, 0], "use_sliding_window": False},
     "cohere": {**_LLAMA, "logit_scale": 0.25},
     "gpt_neox": {**_OLD, "intermediate_size": 48, "max_position_embeddings": 128},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},

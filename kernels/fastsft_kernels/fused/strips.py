@@ -53,16 +53,18 @@ def check_strips(op: str, columns: int, tokens: int, dropout: StripDropout | Non
 
 
 class Adapters(NamedTuple):
-    """What S adapters that share an input add to its gradient: sum over i of mask_i ∘ (d_i · a_i).
+    """What S adapters that share an input add to its gradient: scaling · Σ_i mask_i ∘ (d_i · a_i).
 
-    d [T, S·R], the gradient of the adapters' low-rank activations, at any row pitch; a [S·R, K].
+    d [T, S·R] = dY · B, at any row pitch, as the product with [W | B] leaves it behind dX; a [S·R, K].
     Strip i is columns iR to (i+1)R of d and the same rows of a; mask_i, of shape [T, K], is its
-    dropout mask. The scaling and the factor `dropout.keep_scale(p)` are in d already.
+    dropout mask. `scaling` is the adapters' own, times `dropout.keep_scale(p)`; it is applied in
+    float32, so that nobody needs a launch for it.
     """
 
     d: Tensor
     a: Tensor
     dropout: StripDropout | None = None
+    scaling: float = 1.0
 
 
 def check_adapters(op: str, adapters: Adapters, tokens: int, columns: int) -> None:
@@ -70,7 +72,7 @@ def check_adapters(op: str, adapters: Adapters, tokens: int, columns: int) -> No
 
     That the dtype fits the caller's tensors is the caller's to check: `d` and `a` agree.
     """
-    d, a, dropout = adapters
+    d, a, dropout, _ = adapters
     check_float(op, "adapters.d", d)
     if d.dim() != 2 or d.shape[1] % 16 or not d.shape[1]:
         raise bad(

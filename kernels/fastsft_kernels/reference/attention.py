@@ -30,8 +30,9 @@ def varlen_attention(
     window: int | None = None,
     softcap: float | None = None,
     lengths: Sequence[int] | None = None,
+    blocks: Tensor | None = None,
 ) -> Tensor:
-    """See `fastsft_kernels.varlen_attention`."""
+    """See `fastsft_kernels.varlen_attention`. `max_seqlen` and `blocks` are for the kernels."""
     sizes = cu_seqlens.diff().tolist() if lengths is None else list(lengths)
     # split, not slices: the backward of a slice fills a tensor of the whole pack with zeros
     documents = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)

@@ -1,22 +1,27 @@
-"""Cross entropy over trained rows in pieces, with the gradient made in forward.
+"""Cross entropy, alone and behind an output head, over whatever computes a row's loss.
 
-A row with logits z (after scale and soft-cap) and label y has
+Both autograd Functions here take `row_losses`, a function with the signature of `cross_entropy_`:
+the one in plain torch for the reference, the kernel for the Triton backend.
 
-    loss = logsumexp(z) - z_y          dz = softmax(z) - onehot(y)
+`CrossEntropy` leaves the caller's logits alone. Forward reads them for the losses; backward reads
+them again and writes the gradient, the upstream gradient already in it, into a new tensor. Making
+the gradient in forward would save one read of three passes, but only where the upstream gradient
+is 1: otherwise backward reads and writes a gradient that forward wrote, four passes. It would
+also hold logits and gradient between forward and backward, lose what a loss scale is there to
+save (a mean over 8192 rows is below float16's smallest number in most columns), and give
+`retain_graph` a buffer that was scaled already.
 
-Both come from the same numbers, so forward turns each piece of logits into dz at once and
-multiplies it out to the gradient of the hidden rows (and, if it trains, of the weight); logits
-exist for one piece at a time and are computed once. Backward only multiplies by the upstream
-gradient. That holds for a sum or a mean, where the upstream gradient is one number. For
-reduction="none" the weight's gradient mixes rows with different upstream gradients, so there the
-pieces are computed again in backward.
-
-logsumexp is max(z) - log(max(softmax(z))): the largest probability is at least 1/V, so nothing
-underflows, and the softmax is needed anyway.
+`LinearCrossEntropy` goes through the trained rows in pieces. Logits exist for one piece, in one
+buffer; forward turns them into their gradient at once and multiplies that out to the gradient of
+the hidden rows (and, if it trains, of the weight), so the head's products run once. Backward only
+multiplies by the upstream gradient. That holds for a sum or a mean, where the upstream gradient
+is one number. For reduction="none" the weight's gradient mixes rows with different upstream
+gradients, so there the pieces are computed again in backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,16 +29,32 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastsft_kernels.checks import compute_dtype
+from fastsft_kernels.fused.cross_entropy import RowLosses
+from fastsft_kernels.reference.fused_cross_entropy import accumulator, cross_entropy_
 
 _CPU_PIECE = 1 << 20  # logits at a time on a CPU, where a piece should stay in the cache
 _GPU_PIECE = 1 << 27  # and on a GPU, where a product needs some thousand rows to fill the card
+_PITCH = 64  # rows of a piece of logits start at multiples of it: 128 bytes at 16 bits
 
 
-class _Options(NamedTuple):
+class LossOptions(NamedTuple):
+    row_losses: Callable[..., RowLosses]
+    ignore_index: int
     reduction: str
     softcap: float | None
-    scale: float
-    chunk_rows: int
+    scale: float = 1.0
+
+    def rows(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> RowLosses:
+        """The row losses of a piece, with the gradient in its place (see `cross_entropy_`)."""
+        return self.row_losses(
+            logits,
+            labels,
+            ignore_index=self.ignore_index,
+            softcap=self.softcap,
+            scale=self.scale,
+            entropy=False,
+            **kwargs,
+        )
 
 
 def cross_entropy(
@@ -45,9 +66,8 @@ def cross_entropy(
     softcap: float | None = None,
 ) -> Tensor:
     """See `fastsft_kernels.cross_entropy`."""
-    rows = (labels != ignore_index).nonzero().squeeze(1)
-    options = _Options(reduction, softcap, 1.0, default_chunk_rows(logits, logits.shape[1]))
-    return _CrossEntropy.apply(logits, labels, rows, options, torch.is_grad_enabled())
+    options = LossOptions(_in_pieces, ignore_index, reduction, softcap)
+    return CrossEntropy.apply(logits, labels, options)
 
 
 def linear_cross_entropy(
@@ -67,16 +87,18 @@ def linear_cross_entropy(
     if rows is None:
         rows = (labels != ignore_index).nonzero().squeeze(1)
     chunk = chunk_rows or default_chunk_rows(hidden, weight.shape[0])
-    options = _Options(reduction, softcap, scale, chunk)
-    loss, correct = _LinearCrossEntropy.apply(
-        hidden.to(compute_dtype(hidden)),
-        weight,
-        labels,
-        rows,
-        options,
-        torch.is_grad_enabled(),
-    )
+    options = LossOptions(cross_entropy_, ignore_index, reduction, softcap, scale)
+    loss, correct = linear_loss(hidden, weight, labels, rows, chunk, options)
     return (loss, correct) if return_correct else loss
+
+
+def linear_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, chunk: int, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """(loss, number correct) of the trained `rows`, `chunk` of them at a time."""
+    hidden = hidden.to(compute_dtype(hidden))
+    grad = torch.is_grad_enabled()
+    return LinearCrossEntropy.apply(hidden, weight, labels, rows, chunk, options, grad)
 
 
 def default_chunk_rows(x: Tensor, vocabulary: int) -> int:
@@ -85,37 +107,60 @@ def default_chunk_rows(x: Tensor, vocabulary: int) -> int:
     return max(256, piece // vocabulary)
 
 
-class _CrossEntropy(torch.autograd.Function):
+def _in_pieces(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    gradient_scale: Tensor | None,
+    out: Tensor | None = None,
+    **options: Any,
+) -> RowLosses:
+    """`cross_entropy_` a piece of rows at a time, for its float32 copies of them."""
+    size = default_chunk_rows(logits, logits.shape[1])
+    losses = []
+    for i, piece in enumerate(logits.split(size)):
+        at = slice(i * size, (i + 1) * size)
+        by = gradient_scale
+        if by is not None and by.ndim:
+            by = by[at]
+        into = None if out is None else out[at]
+        losses.append(cross_entropy_(piece, labels[at], gradient_scale=by, out=into, **options))
+    return _joined(losses)
+
+
+def _joined(losses: list[RowLosses]) -> RowLosses:
+    return RowLosses(
+        torch.cat([x.loss for x in losses]), torch.cat([x.correct for x in losses]), None
+    )
+
+
+class CrossEntropy(torch.autograd.Function):
+    """(logits[T, V], labels[T], options) -> loss; see the top of this file."""
+
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, rows: Tensor, options: _Options, grad: bool
-    ) -> Tensor:
-        losses = logits.new_empty(rows.numel(), dtype=_accumulator(logits.dtype))
-        want = grad and ctx.needs_input_grad[0]
-        dlogits = torch.zeros_like(logits) if want else None
-        for start in range(0, rows.numel(), options.chunk_rows):
-            piece = rows[start : start + options.chunk_rows]
-            z = logits.index_select(0, piece).to(losses.dtype)
-            loss, dz, _ = _piece_loss(z, labels[piece], options, want)
-            losses[start : start + loss.numel()] = loss
-            if dlogits is not None and dz is not None:
-                dlogits.index_copy_(0, piece, dz.to(logits.dtype))
-        ctx.save_for_backward(dlogits)
-        ctx.rows, ctx.options = rows.numel(), options
-        return _reduce(losses, rows, labels.numel(), options.reduction)
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
+        losses = options.rows(logits, labels, gradient_scale=None).loss
+        counted = (labels != options.ignore_index).sum(dtype=losses.dtype)
+        ctx.save_for_backward(logits, labels, counted)
+        ctx.options = options
+        if options.reduction == "none":
+            return losses
+        return losses.sum() if options.reduction == "sum" else losses.sum() / counted
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (dlogits,) = ctx.saved_tensors
-        if ctx.options.reduction == "none":
-            upstream = upstream[:, None]
-        elif ctx.options.reduction == "mean":
-            upstream = upstream / max(ctx.rows, 1)
-        return dlogits * upstream.to(dlogits.dtype), None, None, None, None
+        logits, labels, counted = ctx.saved_tensors
+        if ctx.options.reduction == "mean":
+            upstream = upstream / counted  # no rows: inf, but then none is multiplied by it
+        dlogits = logits.new_empty(logits.shape)
+        ctx.options.rows(logits, labels, gradient_scale=upstream, out=dlogits)
+        return dlogits, None, None
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class LinearCrossEntropy(torch.autograd.Function):
+    """(hidden, weight, labels, rows, chunk rows, options, grad enabled) -> (loss, correct)."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -123,125 +168,107 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         rows: Tensor,
-        options: _Options,
+        chunk: int,
+        options: LossOptions,
         grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        need_hidden = grad and ctx.needs_input_grad[0]
-        need_weight = grad and ctx.needs_input_grad[1]
         later = options.reduction == "none"
-        work = _Pieces(hidden, weight, labels, rows, options)
-        work.run(need_hidden=need_hidden and not later, need_weight=need_weight and not later)
+        needs = [grad and not later and need for need in ctx.needs_input_grad[:2]]
+        done = _head(hidden, weight, labels, rows, chunk, options, *needs)
         if later:
             ctx.save_for_backward(hidden, weight, labels, rows)
         else:
-            ctx.save_for_backward(work.dhidden, work.dweight, rows)
-        ctx.options, ctx.shape = options, hidden.shape
-        ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.mark_non_differentiable(work.correct)
-        return _reduce(work.losses, rows, labels.numel(), options.reduction), work.correct
+            ctx.save_for_backward(done.dhidden, done.dweight, rows)
+        ctx.chunk, ctx.options = chunk, options
+        ctx.tokens, ctx.dtype = hidden.shape[0], weight.dtype
+        ctx.mark_non_differentiable(done.correct)
+        if later:
+            loss = done.losses.new_zeros(labels.numel()).index_copy_(0, rows, done.losses)
+        else:
+            loss = done.losses.sum() if options.reduction == "sum" else done.losses.mean()
+        return loss, done.correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
         if ctx.options.reduction == "none":
             hidden, weight, labels, rows = ctx.saved_tensors
-            work = _Pieces(hidden, weight, labels, rows, ctx.options, upstream[rows])
-            work.run(need_hidden=need_hidden, need_weight=need_weight)
-            dhidden, dweight = work.dhidden, work.dweight
+            needs = ctx.needs_input_grad[:2]
+            args = (hidden, weight, labels, rows, ctx.chunk, ctx.options)
+            done = _head(*args, *needs, upstream=upstream[rows])
+            dhidden, dweight = done.dhidden, done.dweight
+            dweight = None if dweight is None else dweight.to(ctx.dtype)
         else:
             dhidden, dweight, rows = ctx.saved_tensors
             if ctx.options.reduction == "mean":
                 upstream = upstream / max(rows.numel(), 1)
-            dhidden = None if dhidden is None else dhidden * upstream.to(dhidden.dtype)
-            dweight = None if dweight is None else dweight * upstream
+            dhidden = None if dhidden is None else _scaled(dhidden, upstream, dhidden.dtype)
+            dweight = None if dweight is None else _scaled(dweight, upstream, ctx.dtype)
         if dhidden is not None:
-            dhidden = dhidden.new_zeros(ctx.shape).index_copy_(0, rows, dhidden)
+            whole = dhidden.new_zeros(ctx.tokens, dhidden.shape[1])
+            dhidden = whole.index_copy_(0, rows, dhidden)
+        return dhidden, dweight, None, None, None, None, None
+
+
+class _Head(NamedTuple):
+    """What the trained rows of a head gave: losses [n], the number correct, gradients."""
+
+    losses: Tensor
+    correct: Tensor
+    dhidden: Tensor | None
+    dweight: Tensor | None
+
+
+def _head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    chunk: int,
+    options: LossOptions,
+    need_hidden: bool,
+    need_weight: bool,
+    *,
+    upstream: Tensor | None = None,
+) -> _Head:
+    """Piece by piece; `upstream` [n] weighs each row's gradient (reduction="none")."""
+    weight = weight.to(hidden.dtype)
+    (vocabulary, width), n = weight.shape, rows.numel()
+    pitch = -(-vocabulary // _PITCH) * _PITCH
+    buffer = hidden.new_empty(min(chunk, n), pitch)[:, :vocabulary]
+    dhidden = hidden.new_empty(n, width) if need_hidden else None
+    dweight = None
+    if need_weight:
+        dweight = weight.new_empty(weight.shape, dtype=accumulator(weight.dtype))
+    losses = []
+    for i, piece in enumerate(rows.split(chunk)):  # one empty piece where there are no rows
+        at = slice(i * chunk, i * chunk + piece.numel())
+        h, logits = hidden.index_select(0, piece), buffer[: piece.numel()]
+        torch.mm(h, weight.t(), out=logits)
+        by: float | Tensor | None = 1.0 if upstream is None else upstream[at]
+        by = by if need_hidden or need_weight else None
+        losses.append(options.rows(logits, labels.index_select(0, piece), gradient_scale=by))
+        if dhidden is not None:
+            torch.mm(logits, weight, out=dhidden[at])
         if dweight is not None:
-            dweight = dweight.to(ctx.dtypes[1])
-        return dhidden, dweight, None, None, None, None
+            _add_product(dweight, logits.t(), h, first=i == 0)
+    joined = _joined(losses)
+    return _Head(joined.loss, joined.correct.sum(), dhidden, dweight)
 
 
-class _Pieces:
-    """The trained rows of one head, piece by piece: losses, and gradients where wanted.
-
-    `row_gradient` weighs each row's gradient (the upstream gradient of reduction="none").
-    """
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        rows: Tensor,
-        options: _Options,
-        row_gradient: Tensor | None = None,
-    ) -> None:
-        self.hidden, self.weight = hidden, weight.to(hidden.dtype)
-        self.labels, self.rows, self.options = labels, rows, options
-        self.row_gradient = row_gradient
-        self.losses = hidden.new_empty(rows.numel(), dtype=_accumulator(hidden.dtype))
-        self.dhidden: Tensor | None = None
-        self.dweight: Tensor | None = None
-        self.correct = rows.new_zeros(())
-
-    def run(self, *, need_hidden: bool, need_weight: bool) -> None:
-        dtype = self.losses.dtype
-        if need_hidden:
-            self.dhidden = self.hidden.new_empty(self.rows.numel(), self.hidden.shape[1])
-        if need_weight:
-            self.dweight = self.weight.new_zeros(self.weight.shape, dtype=dtype)
-        for start in range(0, self.rows.numel(), self.options.chunk_rows):
-            stop = min(start + self.options.chunk_rows, self.rows.numel())
-            piece = self.rows[start:stop]
-            h = self.hidden.index_select(0, piece)
-            z = (h @ self.weight.t()).to(dtype)
-            want = need_hidden or need_weight
-            loss, dz, correct = _piece_loss(z, self.labels[piece], self.options, want)
-            self.losses[start:stop] = loss
-            self.correct += correct
-            if dz is None:
-                continue
-            if self.row_gradient is not None:
-                dz *= self.row_gradient[start:stop, None]
-            dz = dz.to(h.dtype)
-            if self.dhidden is not None:
-                torch.mm(dz, self.weight, out=self.dhidden[start:stop])
-            if self.dweight is not None and h.dtype == dtype:
-                self.dweight.addmm_(dz.t(), h)
-            elif self.dweight is not None:
-                self.dweight += dz.t() @ h
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a b, summed in the dtype of `total`, whose former content the first one replaces."""
+    beta = 0 if first else 1
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.device.type != "cpu":
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    elif first:  # CPUs have no product of 16-bit matrices with a 32-bit result
+        total.copy_(a @ b)
+    else:
+        total += a @ b
 
 
-def _piece_loss(
-    z: Tensor, labels: Tensor, options: _Options, want: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Raw logits z[n, V] (overwritten) -> (loss[n], gradient of the raw logits, correct)."""
-    cap, scale = options.softcap, options.scale
-    if scale != 1.0:
-        z *= scale
-    if cap is not None:
-        z.div_(cap).tanh_().mul_(cap)
-    top = z.amax(1)
-    z_label = z.gather(1, labels[:, None]).squeeze(1)
-    p = torch.softmax(z, 1)
-    loss = top - p.amax(1).log() - z_label
-    correct = (z_label == top).sum()
-    if not want:
-        return loss, None, correct
-    p.scatter_add_(1, labels[:, None], p.new_full((1, 1), -1.0).expand(labels.numel(), 1))
-    if cap is not None:
-        p *= z.div_(cap).square_().neg_().add_(1.0)
-    if scale != 1.0:
-        p *= scale
-    return loss, p, correct
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _reduce(losses: Tensor, rows: Tensor, total: int, reduction: str) -> Tensor:
-    if reduction == "none":
-        return losses.new_zeros(total).index_copy_(0, rows, losses)
-    return losses.sum() if reduction == "sum" else losses.mean()
+def _scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """x · by, computed in float32 or more and rounded once to `dtype`, without a wide copy."""
+    return torch.mul(x, by.view(1, 1), out=x.new_empty(x.shape, dtype=dtype))
