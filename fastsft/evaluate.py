@@ -19,9 +19,9 @@ from fastsft.data.prepare import Prepared
 from fastsft.data.tokenizer import holds_tokenizer
 from fastsft.errors import UserError
 from fastsft.metrics import EvalSums
-from fastsft.model.build import CPU_MICRO_BATCH
 from fastsft.model.compat import CompatEngine
 from fastsft.model.context import StepContext
+from fastsft.model.engine import CPU_MICRO_BATCH
 from fastsft.model.inference import Subject, load_subject, locate
 from fastsft.preparation import settle_date, take_in
 

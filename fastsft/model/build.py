@@ -23,13 +23,12 @@ from fastsft.config import Config, LoraConfig
 from fastsft.device import choose_dtype
 from fastsft.errors import UserError
 from fastsft.model.adapter import load_adapter
-from fastsft.model.compat import CompatEngine
 from fastsft.model.context import StepContext
+from fastsft.model.engine import Engine, choose_engine
 from fastsft.model.extras import resize_vocabulary, train_token_rows
 from fastsft.model.files import written_whole
 from fastsft.model.load import cast_model, kept_in_fp32, load_model, resolve_model, save_model
 from fastsft.model.lora import LoraSet, add_adapters, trainable_summary
-from fastsft.model.memory import estimate_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,17 +37,13 @@ if TYPE_CHECKING:
     from fastsft.data.tokenizer import Tokenizer
     from fastsft.model.quantizer import Progress
 
-CPU_MICRO_BATCH = 2048  # tokens; larger ones leave the caches of the CPUs seen and gain nothing
-GPU_MICRO_BATCH = 16384
-GPU_SHARE = 0.85  # of the free memory, for what the estimate does not know
-
 
 @dataclass
 class Built:
     """A model ready to train. `adapters` is None for full fine-tuning."""
 
     config: Config
-    engine: CompatEngine
+    engine: Engine
     model: PreTrainedModel
     adapters: LoraSet | None
     tokenizer: Tokenizer
@@ -115,14 +110,14 @@ class Built:
 
 def refuse_what_is_not_there(config: Config) -> None:
     """Keys of the surface whose machinery this version lacks are refused, never ignored."""
-    if config.engine == "fast":
+    if config.engine == "fast" and config.method == "full":
         raise UserError(
-            "engine: fast is not part of this version (it needs the Triton kernels); use auto or compat"
+            "engine: fast does not train all weights yet; use method: lora or qlora, or engine: auto"
         )
-    if config.activations in ("recompute_mlp", "offload"):
+    if config.activations == "offload":
         raise UserError(
-            f"activations: {config.activations} belongs to the fast engine, which is not part of this "
-            "version; the compat engine has keep and recompute_block (gradient checkpointing)"
+            "activations: offload is not part of this version; the fast engine has keep, recompute_mlp and "
+            "recompute_block"
         )
     if config.vram != "auto":
         raise UserError(
@@ -172,41 +167,22 @@ def build(
     adapters = None if full else _adapters(config, model, tokenizer, context, resume_from)
     if adapters is not None and config.adapter is not None:
         config = config.model_copy(update={"lora": _settings_of(adapters)})
-    trained, _ = trainable_summary(model)
-    tokens, activations, predicted = _fit(config, model, trained, dtype, device, longest)
-    engine = CompatEngine(
-        model,
-        context,
-        activations=activations,
-        autocast=dtype if full and dtype != torch.float32 else None,
-    )
+    chosen = choose_engine(config, model, context, dtype, device, longest)
     if adapters is not None:
-        engine.notes += adapters.notes
+        chosen.engine.notes += adapters.notes
     return Built(
         config=config,
-        engine=engine,
+        engine=chosen.engine,
         model=model,
         adapters=adapters,
         tokenizer=tokenizer,
         template=template,
         dtype=dtype,
         product_dtype=checkpoint_dtype(folder) or torch.bfloat16,
-        reason=_reason(config, engine, activations),
-        micro_batch_tokens=tokens,
-        predicted_memory=predicted,
+        reason=chosen.reason,
+        micro_batch_tokens=chosen.micro_batch_tokens,
+        predicted_memory=chosen.predicted_memory,
     )
-
-
-def _reason(config: Config, engine: CompatEngine, activations: str) -> str:
-    """Why this engine, and which parts of it are ours."""
-    asked = config.engine != "auto"
-    why = "as asked for" if asked else "the fast engine is not part of this version"
-    parts = [] if config.method == "full" else ["our adapters"]
-    packed = "our attention over packed documents"
-    parts.append("its own attention (one document at a time)" if engine.isolate else packed)
-    parts.append("its own logits" if engine.head.own else "our loss")
-    listed = f"{', '.join(parts[:-1])} and {parts[-1]}"
-    return f"{why}: transformers' {type(engine.model).__name__} with {listed}; activations: {activations}"
 
 
 def _adapters(
@@ -254,38 +230,3 @@ def _settings_of(adapters: LoraSet) -> LoraConfig:
         use_rslora=settings.use_rslora,
         modules_to_save=list(adapters.saved),
     )
-
-
-def _fit(
-    config: Config,
-    model: PreTrainedModel,
-    trained: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    longest: int,
-) -> tuple[int, str, int]:
-    """(tokens of a micro-batch, activations, predicted bytes): what the config says, or what fits."""
-    auto = config.activations == "auto"
-    choices = ["keep", "recompute_block"] if auto else [str(config.activations)]
-    if device.type != "cuda":
-        choices = choices[:1]
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    for activations in choices:
-        estimate = estimate_memory(
-            model,
-            trained=trained,
-            optimizer=config.optimizer,
-            recompute=activations == "recompute_block",
-            dtype=dtype,
-        )
-        if config.micro_batch_tokens != "auto":
-            tokens = config.micro_batch_tokens
-        elif free is None:
-            tokens = CPU_MICRO_BATCH
-        else:
-            room = GPU_SHARE * free - (estimate.fixed - estimate.weights)
-            tokens = min(GPU_MICRO_BATCH, int(room // estimate.per_token))
-        tokens = max(tokens, longest)
-        if free is None or estimate.total(tokens) - estimate.weights <= GPU_SHARE * free:
-            break
-    return tokens, activations, estimate.total(tokens)

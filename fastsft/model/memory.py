@@ -1,15 +1,17 @@
-"""How much memory a run of the compat engine will need, from the model's config alone.
+"""How much memory a run will need, from the model's sizes alone.
 
     weights          as they lie in memory (an NF4 weight 0.516 bytes)
     trained          16 bytes a parameter: fp32 master, gradient and AdamW's two moments
     activations      per token: what transformers' decoder layers save for backward
     head             one piece of logits; the weight's own gradient and copies where it trains
 
-Per token and layer a Llama-shaped block saves two fp32 vectors of the hidden size (what its norms saw; a
-trained norm keeps two more), the two normed ones, q, k, v and the attention's output twice, four of
-the MLP's width (gate, its activation, up, their product) and the adapters' low-rank products. With
-recomputation only the block's input stays, and one block's worth while it is recomputed. It is an
-estimate to size micro-batches by, not a promise.
+For the fast engine activations are what `block.Saved` holds, counted from the spec, and on top of them
+what one block needs while its backward runs. For the compat engine: per token and layer a Llama-shaped
+block saves two fp32 vectors of the hidden size (what its norms saw; a trained norm keeps two more), the
+two normed ones, q, k, v and the attention's output twice, four of the MLP's width (gate, its
+activation, up, their product) and the adapters' low-rank products. With recomputation only the block's
+input stays, and one block's worth while it is recomputed. It is an estimate to size micro-batches by,
+not a promise.
 
 The head turns a piece of logits into fp32 logits and probabilities and casts the gradient back. A trained
 weight's gradient is summed in fp32 and scaled by the upstream gradient, two tensors of its size; a
@@ -18,6 +20,7 @@ parametrized weight (extras.py) is made anew, a copy for each of its users.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,9 @@ from fastsft.model.lora import LoraLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from fastsft.model.fast import FastEngine
+    from fastsft.model.spec import DecoderSpec
 
 CUDA_CONTEXT = 600 * 10**6
 
@@ -60,18 +66,78 @@ def estimate_memory(
     hidden, layers = config.hidden_size, config.num_hidden_layers
     size, full = dtype.itemsize, _norms_train(model)
     layer = _layer_bytes(config, size, norms_train=full) + size * _ranks(model) // layers
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    lowest = next(model.parameters())
     # Autocast keeps the products' weights a second time, in its own dtype.
     cast = trained * size if full and size < 4 else 0
     return MemoryEstimate(
-        weights=sum(tensors.values()) - 4 * trained + cast,
-        trained=(16 if optimizer == "adamw" else 10) * trained,
+        weights=_weight_bytes(model) - 4 * trained + cast,
+        trained=_trained_bytes(optimizer) * trained,
         head=_head_bytes(model, size),
-        context=CUDA_CONTEXT if lowest.is_cuda else 0,
+        context=_context_bytes(model),
         per_token=(layer + layers * hidden * size if recompute else layers * layer)
         + 3 * hidden * size,
     )
+
+
+def estimate_fast_memory(
+    engine: FastEngine, *, trained: int, optimizer: str, activations: str
+) -> MemoryEstimate:
+    """Predict for the fast engine, with `trained` trainable parameters and one of its policies."""
+    spec, size, model = engine.spec, engine.dtype.itemsize, engine.model
+    kept, working = fast_token_bytes(
+        spec, size, [p.tail for p in engine.blocks[0].projections], activations
+    )
+    return MemoryEstimate(
+        weights=_weight_bytes(model) - 4 * trained + engine.own_bytes,
+        trained=_trained_bytes(optimizer) * trained,
+        head=_head_bytes(model, size),
+        context=_context_bytes(model),
+        per_token=spec.layers * kept + working,
+    )
+
+
+def fast_token_bytes(
+    spec: DecoderSpec, size: int, tails: Sequence[int], activations: str
+) -> tuple[int, int]:
+    """(bytes a layer keeps for a token, bytes one token needs while a block works).
+
+    tails: columns of the adapters' strips on qkv, o, gate-up and down.
+    """
+    h, f = spec.hidden, spec.ffn
+    norms = 16 if spec.norms == "sandwich" else 8  # a float32 rstd each
+    qk, qkv = (
+        n * spec.head_dim for n in (spec.heads + spec.kv_heads, spec.heads + 2 * spec.kv_heads)
+    )
+    o = spec.heads * spec.head_dim
+    o = 64 * -(-(o + tails[1]) // 64) if tails[1] else o  # kept at its pitch
+    numbers = 2 * h + qkv + o + sum(tails)
+    if spec.norms != "pre":
+        numbers += 2 * h
+    if spec.qk_norm:
+        numbers += qk
+        norms += 4 * (spec.heads + spec.kv_heads if spec.qk_norm == "head" else 2)
+    rest = size * numbers + norms + 4 * spec.heads  # and the attention's log-sum-exp
+    whole = rest + size * 2 * f
+    # Backward at its widest: dh, dgate and dup beside the gradients of the stream; forward is below.
+    working = size * (3 * f + 3 * h + tails[3])
+    if activations == "keep":
+        return whole, working
+    if activations == "recompute_mlp":
+        return rest, working + size * (2 * f + h)
+    return size * h, working + whole
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
+def _trained_bytes(optimizer: str) -> int:
+    """A parameter that trains: master, gradient and AdamW's moments, in float32 or 8 bits."""
+    return 16 if optimizer == "adamw" else 10
+
+
+def _context_bytes(model: PreTrainedModel) -> int:
+    return CUDA_CONTEXT if next(model.parameters()).is_cuda else 0
 
 
 def _layer_bytes(config: Any, size: int, *, norms_train: bool) -> int:

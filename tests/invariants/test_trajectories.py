@@ -19,6 +19,7 @@ from runs import lines, product, run, same, series, settings
 from fastsft import trainer
 from fastsft.config import make_config
 from fastsft.console import RunConsole
+from fastsft.model.fast import FastEngine
 
 STEPS = 24
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
@@ -26,6 +27,7 @@ DROPOUT = {"lora": {"r": 4, "dropout": 0.25}}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "learning_rate": 7e-4, **DROPOUT},
     "qlora": {"method": "qlora", "learning_rate": 7e-4, **DROPOUT},
+    "compat": {"method": "lora", "engine": "compat", "learning_rate": 7e-4, **DROPOUT},
     "full": {"method": "full", "learning_rate": 5e-4, "weight_decay": 0.01},
 }
 PACKED, ALONE = {"micro_batch_tokens": 4096}, {"micro_batch_tokens": 1}
@@ -52,11 +54,19 @@ def in_float64(place: Path, name: str, monkeypatch: pytest.MonkeyPatch, **keys: 
     folder.mkdir()
     with RunConsole() as console:
         started = trainer.set_up(config, folder, None, console, torch.device("cpu"), name)
-        started.built.model.double()
+        _widen(started.built)
         assert not trainer.loop(started, threading.Event())
         assert {p.dtype for _, p in started.built.named_parameters()} == {torch.float64}
         started.log.close()
     return folder
+
+
+def _widen(built: Any) -> None:
+    """To float64, the fast engine over the widened weights."""
+    built.model.double()
+    if isinstance(built.engine, FastEngine):
+        policy = built.engine.activations
+        built.engine = FastEngine(built.model, built.engine.context, activations=policy)
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:

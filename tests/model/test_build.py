@@ -134,12 +134,19 @@ def test_a_product_names_the_stops_and_keeps_the_models_own_settings(base, tmp_p
 
 def test_the_reason_says_why_compat_and_what_runs(base, tmp_path):
     reason = built(base, "lora").reason
-    assert reason.startswith("the fast engine is not part of this version")
+    assert reason.startswith("our own decoder for llama") and reason.endswith("activations: keep")
+    assert built(base, "lora", engine="fast").reason.startswith("as asked for: our own decoder")
+    reason = built(base, "full").reason
+    assert reason.startswith("the fast engine does not train all weights yet: transformers'")
+    reason = built(base, "lora", engine="compat").reason
     assert "with our adapters, our attention over packed documents and our loss" in reason
     reason = built(base, "full", engine="compat", activations="recompute_block").reason
     assert reason.startswith("as asked for") and "adapters" not in reason
     assert "recompute_block" in reason
     shutil.rmtree(base)
     tiny("bloom", vocab_size=300).save_pretrained(base)
-    reason = built(base, "full").reason
+    reason = built(base, "lora").reason
+    assert reason.startswith("the fast engine has no row for model_type 'bloom'")
     assert "its own attention (one document at a time)" in reason
+    with pytest.raises(UserError, match=r"engine: fast cannot run this model: .* no row for"):
+        built(base, "lora", engine="fast")

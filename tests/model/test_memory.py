@@ -11,8 +11,9 @@ from tiny_models import VOCABULARY, batch_of, documents, tiny
 from fastsft.config import LoraConfig, make_config
 from fastsft.model.compat import CompatEngine
 from fastsft.model.context import StepContext
+from fastsft.model.fast import FastEngine
 from fastsft.model.lora import add_adapters, trainable_summary
-from fastsft.model.memory import estimate_memory
+from fastsft.model.memory import estimate_fast_memory, estimate_memory
 from fastsft.optim import build_optimizer
 
 SIZES = {
@@ -112,3 +113,42 @@ def test_the_head_counts_logits_and_probabilities_of_a_piece_and_its_gradient(mo
     ):
         _, estimate = made(method, dtype=dtype, **options)
         assert estimate.head == expected, (method, dtype)
+
+
+# --- the fast engine --------------------------------------------------------------------------------
+
+
+def made_fast(family, layers, activations, *, r=4):
+    context = StepContext()
+    model = tiny(family, num_hidden_layers=layers, **SIZES)
+    add_adapters(model, LoraConfig(r=r, alpha=8), seed=0, context=context)
+    engine = FastEngine(model, context, activations=activations)
+    trained = trainable_summary(model)[0]
+    return engine, estimate_fast_memory(
+        engine, trained=trained, optimizer="adamw", activations=activations
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2"])
+@pytest.mark.parametrize("activations", ["keep", "recompute_mlp", "recompute_block"])
+def test_what_the_fast_engines_blocks_keep(family, activations):
+    """A layer's share, to 3 %: the difference between models of four and two layers."""
+    counted = [saved_per_token(made_fast(family, n, activations)[0]) for n in (4, 2)]
+    predicted = [made_fast(family, n, activations)[1].per_token for n in (4, 2)]
+    layer, expected = (a - b for a, b in (counted, predicted))
+    assert expected / 2 == pytest.approx(layer / 2, rel=0.03)
+
+
+def test_the_fast_engines_own_memory_is_counted():
+    engine, estimate = made_fast("llama", 3, "keep")
+    tensors = [engine.masters, engine.grads, *engine.model.parameters()]
+    for block in engine.blocks:
+        for p in block.projections:
+            tensors += [p.a, p.b, *([] if p.dense is None else [p.dense])]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    ranks = (
+        engine.masters.nbytes - 4 * trainable_summary(engine.model)[0]
+    )  # strips are padded to 16
+    moments = 8 * trainable_summary(engine.model)[0]
+    counted = sum(storages.values()) - 2 * ranks + moments
+    assert estimate.weights + estimate.trained == pytest.approx(counted, rel=0.01)

@@ -176,9 +176,13 @@ def test_adapter(place):
 
 @about("engine")
 def test_engine(place):
-    with pytest.raises(UserError, match="engine: fast is not part of this version"):
-        run(place, engine="fast")
-    assert built(place, engine="compat").engine.name == built(place, engine="auto").engine.name
+    names = {
+        choice: built(place, engine=choice).engine.name for choice in ("fast", "compat", "auto")
+    }
+    assert names == {"fast": "fast", "compat": "compat", "auto": "fast"}
+    assert built(place, method="full").engine.name == "compat"
+    with pytest.raises(UserError, match="engine: fast does not train all weights"):
+        run(place, engine="fast", method="full")
 
 
 @about("lora.r", "lora.alpha", "lora.use_rslora", "lora.dropout")
@@ -437,11 +441,15 @@ def test_micro_batch_tokens(place):
 
 @about("activations")
 def test_activations(place):
-    for name in ("recompute_mlp", "offload"):
-        with pytest.raises(UserError, match=f"activations: {name} belongs to the fast engine"):
-            run(place, activations=name)
-    assert not built(place, activations="keep").model.is_gradient_checkpointing
-    assert built(place, activations="recompute_block").model.is_gradient_checkpointing
+    with pytest.raises(UserError, match="activations: offload is not part of this version"):
+        run(place, activations="offload")
+    with pytest.raises(UserError, match="activations: recompute_mlp needs the fast engine"):
+        run(place, activations="recompute_mlp", engine="compat")
+    for policy in ("keep", "recompute_mlp", "recompute_block"):
+        assert built(place, activations=policy).engine.activations == policy
+    compat = {"engine": "compat"}
+    assert not built(place, activations="keep", **compat).model.is_gradient_checkpointing
+    assert built(place, activations="recompute_block", **compat).model.is_gradient_checkpointing
 
 
 @about("learning_rate")

@@ -139,7 +139,7 @@ def test_what_a_run_leaves(place):
     assert {"step-000004", "step-000005"} <= checkpoints
     summary = json.loads((folder / "summary.json").read_text())
     assert summary == left.summary
-    assert (summary["steps"], summary["product"], summary["engine"]) == (5, "adapter", "compat")
+    assert (summary["steps"], summary["product"], summary["engine"]) == (5, "adapter", "fast")
     assert summary["best_eval_loss"] == min(r["eval_loss"] for r in evaluated[1:])
     assert summary["total_tokens"] == sum(r["total_tokens"] for r in trained)
     report = json.loads((folder / "data_report.json").read_text())
@@ -182,7 +182,7 @@ def test_early_stopping_ends_the_run_and_the_best_is_the_product(place, capsys):
     keys = {"eval_data": str(place / "held_out.jsonl"), "data": str(place / "rows.jsonl")}
     left = run(
         place, **keys, max_steps=60, eval_steps=1, early_stopping_patience=3, learning_rate=0.5,
-        lr_scheduler="constant",
+        lr_scheduler="constant", engine="compat",  # where this rate is known to go wrong early
     )  # fmt: skip
     losses = series(left.output_dir, "eval_loss")
     best = min(range(1, len(losses)), key=losses.__getitem__)

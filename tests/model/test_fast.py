@@ -1,0 +1,249 @@
+"""The fast engine against transformers with PEFT, against the compat engine, and against itself."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from test_compat import alone, assert_close, step, with_adapters
+from tiny_models import batch_of, documents, tiny
+
+from fastsft.config import LoraConfig
+from fastsft.model.compat import CompatEngine
+from fastsft.model.context import StepContext
+from fastsft.model.fast import FastEngine
+from fastsft.model.lora import LoraLinear, add_adapters
+from fastsft.model.quant import NF4Linear
+from fastsft.model.spec import FAMILIES, NotFast, read_spec
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+# What a family's row must get right beyond the tiny model's own settings.
+VARIANTS: list[tuple[str, dict]] = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3, "attention_bias": True}),
+    ("llama", {"mlp_bias": True, "hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1,
+               "head_dim": 8}),
+    ("llama", {"rope_parameters": YARN}),
+    ("mistral", {}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("gemma2", {}),
+    ("gemma3_text", {}),
+    ("phi3", {}),
+    ("phi3", {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                 "partial_rotary_factor": 0.5}}),
+    ("smollm3", {}),
+    ("olmo2", {}),
+    ("granite", {}),
+]  # fmt: skip
+NAMES = [f"{family}-{'-'.join(more) or 'plain'}" for family, more in VARIANTS]
+
+
+def quantised(adapters, dtype=torch.float32):
+    """The adapters' base weights in NF4, in place."""
+    from fastsft_kernels import nf4_quantize
+
+    for layer in adapters.layers.values():
+        weight = layer.base.weight.detach().to(dtype)
+        layer.base = NF4Linear(nf4_quantize(weight), layer.base.bias)
+    return adapters
+
+
+def both(family, *, nf4=False, lora=None, **more):
+    """A compat and a fast engine over equal models with equal adapters."""
+    engines = []
+    for kind in (CompatEngine, FastEngine):
+        context = StepContext(seed=3)
+        settings = {"r": 4, "alpha": 8, "dropout": 0.0} | (lora or {})
+        adapters = add_adapters(
+            tiny(family, **more), LoraConfig(**settings), seed=1, context=context
+        )
+        generator = torch.Generator().manual_seed(2)
+        for layer in adapters.layers.values():
+            layer.lora_B.data.normal_(0, 0.3, generator=generator)
+        engines.append(kind(quantised(adapters).model if nf4 else adapters.model, context))
+    return engines
+
+
+def assert_equal_runs(compat, fast, tolerance=2e-5):
+    batches = [batch_of(documents(), round_to=8), batch_of(documents((5, 2), seed=1))]
+    wanted, want_grads = step(compat, batches)
+    found, grads = step(fast, batches)
+    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+    assert_close(grads, want_grads, tolerance)
+    for batch in batches:
+        theirs, ours = compat.evaluate(batch), fast.evaluate(batch)
+        assert float(ours.loss_sum) == pytest.approx(float(theirs.loss_sum), rel=1e-5)
+        assert int(ours.correct) == int(theirs.correct)
+
+
+# --- families ---------------------------------------------------------------------------------------
+
+
+def test_every_row_is_tested():
+    assert {family for family, _ in VARIANTS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family,more", VARIANTS, ids=NAMES)
+def test_a_family_is_transformers_with_peft(family, more):
+    """Loss and every adapter's gradient, documents packed here and one by one there."""
+    adapters, context = with_adapters(family, **more)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    oracle = peft.get_peft_model(tiny(family, **more), config).eval()
+    for name, layer in adapters.layers.items():
+        theirs = oracle.base_model.model.get_submodule(name)
+        theirs.lora_A.default.weight.data.copy_(layer.lora_A)
+        theirs.lora_B.default.weight.data.copy_(layer.lora_B)
+    docs = documents((9, 1, 21, 3))
+    wanted = alone(oracle, docs)
+    wanted.backward()
+    found, grads = step(FastEngine(adapters.model, context), [batch_of(docs, round_to=8)])
+    assert float(found) == pytest.approx(wanted.item(), rel=1e-5)
+    assert len(grads) == 2 * len(adapters.layers)
+    for name in adapters.layers:
+        theirs = oracle.base_model.model.get_submodule(name)
+        pair = {f"{name}.lora_A": theirs.lora_A.default.weight.grad}
+        pair |= {f"{name}.lora_B": theirs.lora_B.default.weight.grad}
+        assert_close({n: grads[n] for n in pair}, pair, 1e-4)
+
+
+@pytest.mark.parametrize("family,more", VARIANTS, ids=NAMES)
+def test_dropout_is_the_compat_engines(family, more):
+    assert_equal_runs(*both(family, lora={"r": 5, "dropout": 0.3, "use_rslora": True}, **more))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "olmo2"])
+def test_nf4_is_the_compat_engines(family):
+    assert_equal_runs(*both(family, nf4=True, lora={"dropout": 0.2}))
+
+
+TARGETS = [["q_proj", "v_proj"], ["down_proj"], ["o_proj", "up_proj"], ["k_proj", "gate_proj"]]
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=map("+".join, TARGETS))
+def test_partial_targets(targets):
+    assert_equal_runs(*both("qwen2", lora={"target_modules": targets, "dropout": 0.2}))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_embedding_and_head_may_train(saved, tied):
+    lora = {"modules_to_save": saved}
+    assert_equal_runs(*both("llama", lora=lora, tie_word_embeddings=tied))
+
+
+# --- invariants -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("policy", ["recompute_mlp", "recompute_block"])
+def test_what_is_recomputed_changes_no_bit(family, policy):
+    batches = [batch_of(documents())]
+    results = []
+    for activations in ("keep", policy):
+        engine = both(family, lora={"dropout": 0.3})[1]
+        engine.activations = activations
+        results.append(step(engine, batches))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[1][1][name], grad) for name, grad in results[0][1].items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_packing_and_accumulating_change_nothing(family):
+    docs = documents((9, 1, 14, 3, 6))
+    runs = []
+    for split in ([docs], [[doc] for doc in docs], [docs[::-1]]):
+        engine = both(family, dtype=torch.float64, lora={"dropout": 0.3})[1]
+        runs.append(step(engine, [batch_of(part, round_to=4) for part in split]))
+    for loss, grads in runs[1:]:
+        assert float(loss) == pytest.approx(float(runs[0][0]), rel=1e-12)
+        assert_close(grads, runs[0][1], 1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2", "granite"])
+def test_the_gradient_is_the_losss_slope(family):
+    """Finite differences along a random direction of all masters, in float64, with dropout on."""
+    engine = both(family, dtype=torch.float64, lora={"dropout": 0.3})[1]
+    batch = batch_of(documents())
+    step(engine, [batch])
+    direction = torch.randn(
+        engine.masters.shape, generator=torch.Generator().manual_seed(0)
+    ).double()
+    slope = float(engine.grads @ direction)
+    start, losses = engine.masters.clone(), []
+    for h in (1e-6, -1e-6):
+        engine.masters.copy_(start + h * direction)
+        losses.append(float(engine.loss(batch, step=5).loss_sum))
+    assert slope == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("r", [4, 16])
+def test_adamw_steps_are_the_compat_engines(r):
+    """Masters and gradients live in flat buffers, and torch's fused optimizer must not see the seams."""
+    engines = both("llama", lora={"r": r})
+    batch, runs = batch_of(documents()), []
+    for engine in engines:
+        layers = [m for m in engine.model.modules() if isinstance(m, LoraLinear)]
+        masters = [p for m in layers for p in (m.lora_A, m.lora_B)]
+        optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=True)
+        losses = []
+        for number in range(5):
+            optimizer.zero_grad(set_to_none=True)
+            output = engine.loss(batch, step=number)
+            output.loss_sum.backward()
+            losses.append(float(output.loss_sum))
+            optimizer.step()
+        runs.append((losses, {str(i): p.detach() for i, p in enumerate(masters)}))
+        assert all(p.is_contiguous() for p in masters)
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-5) and runs[0][0][4] < runs[0][0][0]
+    assert_close(runs[1][1], runs[0][1], 1e-3)
+    home = engines[1].grads.untyped_storage().data_ptr()
+    assert all(p.grad.untyped_storage().data_ptr() == home for p in masters)
+
+
+@pytest.mark.parametrize("trained", [0.0, 1.0])
+def test_a_batch_with_few_or_no_trained_tokens(trained):
+    compat, fast = both("llama")
+    docs = (
+        [d._replace(trained=d.trained & False) for d in documents()] if not trained else documents()
+    )
+    batch = batch_of(docs)
+    loss, grads = step(fast, [batch])
+    if not trained:
+        assert float(loss) == 0 and not any(g.any() for g in grads.values())
+    else:
+        assert float(loss) == pytest.approx(float(step(compat, [batch])[0]), rel=1e-5)
+
+
+# --- what runs elsewhere ----------------------------------------------------------------------------
+
+
+def test_other_models_are_named():
+    with pytest.raises(NotFast, match="no row for model_type 'gpt2'"):
+        read_spec(tiny("gpt2").config)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(NotFast, match=r"frequencies \(dynamic\) depend on the longest"):
+        read_spec(tiny("llama", rope_parameters=dynamic).config)
+    with pytest.raises(NotFast, match="no activation 'relu'"):
+        read_spec(tiny("llama", hidden_act="relu").config)
+    adapters, context = with_adapters("llama")
+    layer = next(iter(adapters.layers.values()))
+    layer.scaling *= 2
+    with pytest.raises(NotFast, match="different scalings"):
+        FastEngine(adapters.model, context)
+    layer.scaling /= 2
+    layer.r = 257
+    with pytest.raises(NotFast, match="rank is above 256"):
+        FastEngine(adapters.model, context)
+    layer.r = 4
+    adapters.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(NotFast, match=r"model\.norm\.weight trains"):
+        FastEngine(adapters.model, context)
