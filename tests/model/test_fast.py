@@ -5,8 +5,10 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from fastsft_kernels.launch import record_launches
 from test_compat import alone, assert_close, step, with_adapters
 from tiny_models import batch_of, documents, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsft.config import LoraConfig
 from fastsft.model.compat import CompatEngine
@@ -221,6 +223,56 @@ def test_a_batch_with_few_or_no_trained_tokens(trained):
         assert float(loss) == 0 and not any(g.any() for g in grads.values())
     else:
         assert float(loss) == pytest.approx(float(step(compat, [batch])[0]), rel=1e-5)
+
+
+# --- the step on the meta device -----------------------------------------------------------------
+
+FREE = {
+    "view", "_unsafe_view", "unsqueeze", "slice", "select", "detach", "t", "split", "split_with_sizes",
+    "alias", "expand", "empty", "new_empty", "empty_like",
+}  # fmt: skip
+
+
+class Counted(TorchDispatchMode):
+    """Names of torch's own operations that would launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        self.names += [name] if name not in FREE else []
+        return func(*args, **(kwargs or {}))
+
+
+def launches(layers: int) -> list[int]:
+    """Kernels launched by a QLoRA step's forward and backward; reading a value would raise here."""
+    context = StepContext()
+    model = tiny("llama", num_hidden_layers=layers, dtype=torch.bfloat16)
+    adapters = add_adapters(model, LoraConfig(r=16, dropout=0.1), seed=0, context=context)
+    quantised(adapters, torch.bfloat16).model.to("meta")
+    batch = batch_of(documents(), round_to=8)
+    for name in ("ids", "labels", "positions", "cu_seqlens", "trained_rows", "row_key"):
+        setattr(batch, name, getattr(batch, name).to("meta"))
+    with record_launches() as recording:
+        engine = FastEngine(model, context)
+        with Counted() as forward:
+            loss = engine.loss(batch, step=1).loss_sum
+        ours = len(recording.launches)
+        with Counted() as backward:
+            loss.backward()
+        both_passes = len(recording.launches)
+        engine.evaluate(batch)
+    return [ours + len(forward.names), both_passes - ours + len(backward.names)]
+
+
+def test_a_step_reads_nothing_from_the_device_and_a_layer_launches_few_kernels():
+    """Decodes included. The goal is 18 forward and 28 backward; forward still copies tails and zeroes
+    padding (6 launches), and long batches add the second stage of up to 7 sums to the backward."""
+    three, four = launches(3), launches(4)
+    forward, backward = (b - a for a, b in zip(three, four, strict=True))
+    assert forward <= 23 and backward <= 28, (forward, backward)
 
 
 # --- what runs elsewhere ----------------------------------------------------------------------------
