@@ -58,7 +58,7 @@ _TABLE: Table = {
     },
     "small": {
         64: [(128, 64, 8, 3), (64, 64, 4, 3)],
-        128: [(128, 32, 8, 3), (128, 64, 8, 2)],
+        128: [(128, 64, 8, 2), (128, 32, 8, 3)],
         256: [(64, 32, 8, 2), (32, 32, 4, 2)],
     },
     "float32": {64: [(32, 32, 4, 2)], 128: [(32, 16, 4, 2)], 256: [(32, 16, 8, 2)]},
@@ -118,7 +118,7 @@ def attention_forward(
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     if tokens:
-        config = configuration("attention_forward", _TABLE, q)
+        config = configuration("attention_forward", _TABLE, q, options, "BN")
         programs, arguments, constants = shared_arguments(q, k, cu_seqlens, options, config["BM"])
         strides = tuple(x.stride(i) for x in (q, k, v, o) for i in (0, 1))
         pointers = (q, k, v, o, lse, strides, tokens)
@@ -150,7 +150,7 @@ def _forward(
     BN: tl.constexpr,
 ):
     q_token, q_head, k_token, k_head, v_token, v_head, o_token, o_head = strides
-    head = tl.program_id(0) % HEADS
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
     program = tl.program_id(0) // HEADS
     if blocks is None:
         program = programs - 1 - program  # the last rows of a document see the most keys
@@ -184,7 +184,7 @@ def _forward(
     o += (start + first) * o_token + head * o_head
     tl.store(o + row * o_token + column, (acc / sums[:, None]).to(o.dtype.element_ty), mask=inside)
     row = first + tl.arange(0, BM)
-    lse += head.to(tl.int64) * tokens + start + row
+    lse += head * tokens + start + row
     tl.store(lse, (peak + tl.log2(sums)) * LN2, mask=row < length)
 
 

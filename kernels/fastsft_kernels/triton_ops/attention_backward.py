@@ -55,7 +55,7 @@ _KEYS: Table = {
     },
     "80": {
         64: [(64, 128, 8, 2), (64, 64, 4, 2)],
-        128: [(64, 64, 8, 2), (32, 64, 4, 2)],
+        128: [(64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)],
         256: [(32, 64, 8, 2), (32, 32, 8, 2)],
     },
     "small": {
@@ -116,12 +116,12 @@ def attention_backward(
     strides = tuple(x.stride(i) for x in (q, k, v, do, dk, dv) for i in (0, 1))
     keys_own = (dk, dv, strides, q.shape[0], score_scale(q, options))
     for name, table, wanted in _key_passes(q):
-        config = configuration(name, table, q) | wanted
+        config = configuration(name, table, q, options, "BM") | wanted
         programs, arguments, constants = shared_arguments(q, k, cu_seqlens, options, config["BN"])
         grid = (programs * k.shape[1],)
         launch(_key_gradients, grid, *inputs, *keys_own, *arguments, **constants, **config)
 
-    config = configuration("attention_backward_queries", _QUERIES, q)
+    config = configuration("attention_backward_queries", _QUERIES, q, options, "BN")
     programs, arguments, constants = shared_arguments(q, k, cu_seqlens, options, config["BM"])
     strides = tuple(x.stride(i) for x in (q, k, v, do, dq) for i in (0, 1))
     own = (dq, strides, q.shape[0], score_scale(q, options))
@@ -171,7 +171,7 @@ def _key_gradients(
 ):
     q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head = strides[:8]
     dk_token, dk_head, dv_token, dv_head = strides[8:]
-    head = tl.program_id(0) % (HEADS // GROUP)
+    head = (tl.program_id(0) % (HEADS // GROUP)).to(tl.int64)
     program = tl.program_id(0) // (HEADS // GROUP)
     start, length, first = locate(cu_seqlens, blocks, program, documents, steps, BN)
     if first >= length:
@@ -187,7 +187,7 @@ def _key_gradients(
         values = tl.load(v + row * v_token + column, mask=inside, other=0.0)
     q += start * q_token + head * GROUP * q_head
     do += start * do_token + head * GROUP * do_head
-    statistics = (head * GROUP).to(tl.int64) * tokens + start
+    statistics = head * GROUP * tokens + start
 
     # In query blocks: cut by the diagonal from `begin` on, `left` of them; whole, `whole` of them;
     # cut by the window's edge, up to `end`.
@@ -255,7 +255,7 @@ def _visit_queries(
     q += column
     do += column
     for step in range(count * GROUP):
-        member = step // count
+        member = (step // count).to(tl.int64)
         m = begin + step % count * BM
         if CUT:
             m += tl.where(step % count < left, 0, gap)
@@ -266,7 +266,7 @@ def _visit_queries(
         inside = known[:, None] & (column < D)
         queries = tl.load(q + member * q_head + here * q_token, mask=inside, other=0.0)
         grads = tl.load(do + member * do_head + here * do_token, mask=inside, other=0.0)
-        at = member.to(tl.int64) * tokens + m + row
+        at = member * tokens + m + row
         s = tl.dot(keys, tl.trans(queries), input_precision="ieee")
         exponent = tl.load(lse + at, mask=known, other=0.0) * LOG2E
         if DK:
@@ -319,7 +319,7 @@ def _query_gradients(
 ):
     q_token, q_head, k_token, k_head, v_token, v_head = strides[:6]
     do_token, do_head, dq_token, dq_head = strides[6:]
-    head = tl.program_id(0) % HEADS
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
     program = tl.program_id(0) // HEADS
     if blocks is None:
         program = programs - 1 - program
@@ -332,7 +332,7 @@ def _query_gradients(
     queries = tl.load(q + row * q_token + column, mask=inside, other=0.0)
     grads = tl.load(do + row * do_token + column, mask=inside, other=0.0)
     known = tl.arange(0, BM) < length - first
-    at = head.to(tl.int64) * tokens + start + first + tl.arange(0, BM)
+    at = head * tokens + start + first + tl.arange(0, BM)
     exponent = tl.load(lse + at, mask=known, other=0.0) * LOG2E
     mean = tl.load(delta + at, mask=known, other=0.0)
     k += start * k_token + head // GROUP * k_head

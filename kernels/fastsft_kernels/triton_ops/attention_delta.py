@@ -80,7 +80,7 @@ def _delta(
     BR: tl.constexpr,
     BM: tl.constexpr,
 ):
-    head = tl.program_id(0) % HEADS
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
     row = tl.program_id(0) // HEADS * BM + tl.arange(0, BM)
     column = tl.arange(0, DP)[None, :]
     known = row < tokens
@@ -106,4 +106,4 @@ def _delta(
         grad = (grad.to(tl.float32) + total * scaling).to(grad.dtype)
         tl.store(do, grad, mask=inside)
     sums = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta + head.to(tl.int64) * tokens + row, sums, mask=known)
+    tl.store(delta + head * tokens + row, sums, mask=known)

@@ -36,18 +36,26 @@ LISTED_ROWS = tl.constexpr(BLOCK_ROWS)
 Table = dict[str, dict[int, list[tuple[int, int, int, int]]]]
 
 
-def configuration(name: str, table: Table, q: Tensor) -> dict[str, int]:
-    """The pinned configuration of kernel `name` for the card, the dtype and the head size of q."""
-    kind = {80: "80", 87: "80", 90: "90", 100: "100", 103: "100"}.get(capability(q), "small")
-    half = q.dtype != torch.float32
+def configuration(
+    name: str, table: Table, q: Tensor, options: AttentionOptions, streamed: str
+) -> dict[str, int]:
+    """The pinned configuration of kernel `name` for the card, the dtype and the head size of q.
+
+    `streamed` is the side of the tiles, BM or BN, that the kernel walks along. A soft-cap keeps a
+    tanh beside each score: on Blackwell and on consumer cards it gets tiles half as long, since
+    some of the others spill there. On sm_80 and sm_90 none does.
+    """
+    card = {80: "80", 87: "80", 90: "90", 100: "100", 103: "100"}.get(capability(q), "small")
+    card = "float32" if q.dtype == torch.float32 else card
     size = max(64, padded(q))
-    candidates = table[kind if half else "float32"][size]
     names = ("BM", "BN", "num_warps", "num_stages")
-    return pinned(
-        f"{name}_d{size}" + ("" if half else "_f32"),
-        [dict(zip(names, c, strict=True)) for c in candidates],
-        q,
-    )
+    candidates = [dict(zip(names, c, strict=True)) for c in table[card][size]]
+    name = f"{name}_d{size}" + ("_f32" if card == "float32" else "")
+    if options.softcap is not None and card in ("100", "small"):
+        name += "_capped"
+        for c in candidates:
+            c[streamed] = max(c[streamed] // 2, min(c[streamed], 32))
+    return pinned(name, candidates, q)
 
 
 def padded(q: Tensor) -> int:

@@ -10,12 +10,12 @@ must then be written first, dgate and dup: 6 more, and even with the sum left to
 at 4.3 TB/s. Here it is 5, and the sums, 14336 x 48 x 4 = 2.8 MB for each slice of the rows.
 
 A program takes BF columns and a slice of the rows, BM at a time; dh, gate and up arrive in shared
-memory stages ahead. Sums are kept as [R, BF]: the big tile is then the right operand, whose
-columns are dealt out to the warps, so no warp computes an activation for another. (As [BF, R] the
-tile is the left operand, two of whose copies are computed by 8 warps on sm_80: 107 instructions a
-number instead of 44. The memory leaves time for 68.) Ranks beyond what registers hold are summed
-up by launches of their own, a chunk of columns each, which read the three inputs again: the last
-one writes dgate, dup and h.
+memory two stages ahead. The sums are kept as [R, BF]: the big tile is then the right operand, whose
+columns are dealt out to the warps, so that no warp computes an activation that another computes
+too. That is 39 instructions a number (38 on sm_90), where the left operand of a [BF, R] takes 107
+on sm_80; an H200 has time for 68. Ranks beyond the 64 (128 on sm_90 and 100) that registers hold
+are summed up by launches of their own, which read the three matrices again: 3 more of them where
+separate passes for the products would also read 3. The last launch writes dgate, dup and h.
 
 Slices of rows are summed into partials that a second launch adds up, all three sums in one:
 deterministic, and without atomics.
@@ -23,7 +23,7 @@ deterministic, and without atomics.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -96,7 +96,7 @@ def _launch(
     d, a, dropout, scaling = adapters or (None, None, None, 1.0)
     down_rank = 0 if d is None else d.shape[1]
     tail_rank = next((t.shape[1] for t in tails if t is not None), 0)
-    config, chunk, piece = _config(gate, max(down_rank, tail_rank))
+    config, chunk, piece = _config(gate, max(down_rank, tail_rank), dropout is not None)
     slots = config.pop("PER_SM") * multiprocessors(gate)
     blocks, steps = triton.cdiv(features, config["BF"]), triton.cdiv(tokens, config["BM"])
     sizes = [0 if x is None else x.numel() for x in sums]
@@ -148,32 +148,37 @@ def _parts(partials: Tensor, sums: Sums) -> Sums:
     return parts[0], parts[1], parts[2]
 
 
-def _config(gate: Tensor, rank: int) -> tuple[dict[str, int], int, int]:
+def _config(gate: Tensor, rank: int, masked: bool) -> tuple[dict[str, int], int, int]:
     """(configuration, ranks summed up in one launch, ranks of d·a multiplied at a time).
 
-    PER_SM says how many programs a multiprocessor holds, by the registers they take. Staged ahead
-    are 24 KiB of dh, gate and up for each stage but one, which is the latency of 1 us at
-    4.3 TB/s; sm_86, 89 and 120 have 99 KB for it. The chunks are what compiles without a spill:
-    products of warp groups leave more registers than those of warps.
+    PER_SM says how many programs a multiprocessor holds, by the registers they take; maxnreg lets
+    a program that is alone there have all of them, where the assembler would rather spill a few
+    bytes to fit in two. Of dh, gate and up, 24 KiB a stage, two stages are under way: 1 us of a
+    multiprocessor's reads at 4.3 TB/s. sm_86, 89 and 120 have 99 KB for them. The chunks of ranks
+    are what compiles without a spill; products of warp groups leave more registers than those of
+    warps, and masks and BM = 32 together leave too few for R = 64.
     """
-    small = {"BM": 16, "BF": 128, "num_warps": 8, "num_stages": 3, "PER_SM": 1}
+    small = {"BM": 16, "BF": 128, "num_warps": 8, "num_stages": 3, "maxnreg": 255, "PER_SM": 1}
     large = {**small, "BM": 32}
     if gate.dtype == torch.float32:
-        name, chunk, candidates = "f32", 32, [{**small, "BF": 64, "num_stages": 2}]
-    elif capability(gate) in (90, 100):
-        if rank <= 64:
-            name, chunk, candidates = str(_power(rank)), 64, [large, {**small, "PER_SM": 2}]
-        else:
-            name, chunk, candidates = "wide", 128, [{**large, "BF": 64}]
-    elif rank <= 32:
-        name, chunk, candidates = str(_power(rank)), 32, [large, {**small, "PER_SM": 2}]
+        config = dict(pinned("glu_backward_f32", [{**small, "BF": 64, "num_stages": 2}], gate))
+        return config, 32, 32
+    groups = capability(gate) in (90, 100)
+    chunk = 128 if groups and rank > 64 else 64
+    if rank <= 32:
+        name, candidates = str(_power(rank)), [large]
+        if rank <= 16:
+            candidates.append({"BM": 16, "BF": 128, "num_warps": 8, "num_stages": 3, "PER_SM": 2})
+    elif groups:
+        name, wide = ("wide", {**large, "BF": 64}) if rank > 64 else ("64", large)
+        candidates = [small if masked and rank <= 64 else wide]
     else:
-        name, chunk, candidates = "wide", 64, [small if rank <= 128 else {**small, "num_stages": 2}]
-    piece = 32 if gate.dtype == torch.float32 else 256
-    return dict(pinned(f"glu_backward_{name}", candidates, gate)), chunk, piece
+        name, candidates = "wide", [small if rank <= 64 else {**small, "num_stages": 2}]
+    name += "_masked" if masked else ""
+    return dict(pinned(f"glu_backward_{name}", candidates, gate)), chunk, 256
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _slices(blocks: int, steps: int, slots: int, cost: float) -> int:
     """Into how many slices the rows are cut, so that waves of `slots` programs come out full.
 
@@ -198,18 +203,16 @@ def _at(x, row, row_stride, rows, columns):
 
 
 @triton.jit
-def _strip(
-    x, row, row_stride, T, FROM: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr
-):
-    """Columns FROM to FROM + BR, below R, of rows `row` to row + BM of x: a tail or d."""
-    rows, rank = tl.arange(0, BM)[:, None], FROM + tl.arange(0, BR)[None, :]
+def _strip(x, row, row_stride, T, start, R: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr):
+    """Columns start to start + BR, below R, of rows `row` to row + BM of x: a tail or d."""
+    rows, rank = tl.arange(0, BM)[:, None], start + tl.arange(0, BR)[None, :]
     mask = (row + rows < T) & (rank < R)
     return tl.load(_at(x, row, row_stride, rows, rank), mask=mask, other=0.0)
 
 
 @triton.jit
-def _part_of_a(a, a_row, column, F, FROM: tl.constexpr, R: tl.constexpr, BR: tl.constexpr):
-    rank = FROM + tl.arange(0, BR)[:, None]
+def _part_of_a(a, a_row, column, F, start, R: tl.constexpr, BR: tl.constexpr):
+    rank = start + tl.arange(0, BR)[:, None]
     return tl.load(a + rank * a_row + column, mask=(rank < R) & (column < F), other=0.0)
 
 
@@ -280,7 +283,7 @@ def _backward_sums(
                 term = tl.dot(d_tile, a_tile, input_precision="ieee")
             else:
                 term = tl.zeros([BM, BF], tl.float32)
-                for start in tl.static_range(0, RD, BA):
+                for start in range(0, RD, BA):
                     left = _strip(d, row, d_row, T, start, RD, BM, BA)
                     below = _part_of_a(a, a_row, column, F, start, RD, BA)
                     term = tl.dot(left, below, term, input_precision="ieee")
@@ -292,7 +295,8 @@ def _backward_sums(
             dy += term * scaling
             if da_down is not None:
                 # Without the zero the compiler gives h a layout of its own and computes the
-                # activation twice, 45 instructions a number instead of 38.
+                # activation twice: 45 instructions a number, not 38. (A dh that is not finite,
+                # from which no step may follow, then shows here too.)
                 right = value * u + dy * 0.0
                 if DROPOUT:
                     right = tl.where(keep, right, 0.0)

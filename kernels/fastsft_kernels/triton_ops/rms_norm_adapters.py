@@ -141,7 +141,9 @@ def _sums_candidates(x: Tensor, adapters: Adapters | None) -> _Named:
 def _apply_candidates(x: Tensor, adapters: Adapters | None, weight_grad: bool) -> _Named:
     """Name and candidates of the second launch."""
     if weight_grad and adapters is not None and x.element_size() < 4:
-        return "rms_norm_apply_weight", [_SMALL]  # the loop over tiles keeps more alive
+        return "rms_norm_apply_weight", [
+            {**_SMALL, "num_warps": 8}
+        ]  # the loop over tiles keeps more alive
     name, candidates = _sums_candidates(x, adapters)
     if name == "rms_norm_sums" and capability(x) in _HOPPER:
         candidates = candidates[::-1]
