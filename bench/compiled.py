@@ -1,8 +1,9 @@
 """What a compiled kernel says about itself: registers, spills, shared memory, instructions.
 
-Triton compiles for any target without a GPU, and its wheel carries `cuobjdump`. Registers and stack
-come from the cubin, instructions from its disassembly, the tiles of matrix products from Triton's
-GPU dialect before it is lowered. What is wrong is decided here too, in `failures`.
+Triton compiles for any target without a GPU, and its wheel carries `cuobjdump` and `nvdisasm`.
+Registers and stack come from the cubin, instructions from its disassembly, the tiles of matrix
+products from Triton's GPU dialect before it is lowered. What is wrong is decided here too, in
+`failures`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fastsft_kernels.launch import Launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Card(NamedTuple):
@@ -91,7 +92,7 @@ def describe(compiled: Any, capability: int) -> dict[str, Any]:
 def describe_cubin(path: Path) -> dict[str, dict[str, Any]]:
     """Of each function of a cubin: registers, stack, shared memory, instructions, global accesses."""
     found: dict[str, dict[str, Any]] = {}
-    usage = _cuobjdump("-res-usage", path)
+    usage = _output("cuobjdump", "-res-usage", str(path))
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     for name, registers, stack, shared, local in re.findall(pattern, usage):
         found[name] = {
@@ -99,9 +100,9 @@ def describe_cubin(path: Path) -> dict[str, dict[str, Any]]:
             "spill": int(stack) + int(local),
             "shared": int(shared),
         }
-    for name, body in re.findall(
-        r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", _cuobjdump("-sass", path), re.S
-    ):
+    # Without flow analysis, which would take a third of the time that compiling does.
+    code = _output("nvdisasm", "-c", "-ndf", "-novliw", str(path))
+    for name, body in re.findall(r"^\.text\.(\S+):\n(.*?)(?=^\s*\.section|\Z)", code, re.S | re.M):
         opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", body)
         found[name] |= {
             "instructions": len(opcodes) - opcodes.count("NOP"),
@@ -130,9 +131,9 @@ def per_number(facts: dict[str, Any], itemsize: int) -> float:
     return facts["instructions"] * 8 * itemsize / bits
 
 
-def _cuobjdump(option: str, path: Path) -> str:
-    done = subprocess.run([CUOBJDUMP, option, path], capture_output=True, text=True, check=True)
-    return done.stdout
+def _output(tool: str, *arguments: str) -> str:
+    command = [str(TOOLS / tool), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _widths(opcodes: list[str], kinds: tuple[str, ...]) -> dict[str, int]:

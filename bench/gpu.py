@@ -1,8 +1,8 @@
 """Every kernel checked, then measured against its limit and its peers: one command for a GPU.
 
-    python -m ledger.gpu [--ops a,b] [--quick] [--search] [--out DIR]
+    python -m bench.gpu [--ops a,b] [--quick] [--search] [--out DIR]
 
-Each case of `ledger.kernels` is first checked in every pinned configuration and dtype (`ledger.check`):
+Each case of `bench.kernels` is first checked in every pinned configuration and dtype (`bench.check`):
 what is wrong is reported, not timed, and makes the exit code 1. Then the inputs of the record are
 timed, ours and every peer that is installed, beside the card's own copy and matrix product measured
 in the same run. Rows go to DIR/<card>/kernels.json, where DIR is bench/results on a GPU.

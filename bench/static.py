@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel, for six targets, on a machine without a GPU.
 
-    python -m bench.static [--quick] [--ops a,b] [--targets 80,90] [--out FILE.json]
+    python -m bench.static [--quick] [--keep] [--ops a,b] [--targets 80,90] [--out FILE.json]
 
 Each case of `bench.kernels` runs on meta tensors inside a recording; what it would launch is
 compiled, in every pinned configuration for the dtype of the record and in the default one for the
@@ -12,12 +12,15 @@ compile makes the exit code 1.
 
 --quick takes the default configurations in the dtype of the record, for sm_80 and sm_90. Without
 --quick, --ops and --targets the rows go to bench/results/static/, one file per Triton version, with
-a table in Markdown beside it. Another Triton is a folder in front: PYTHONPATH=FOLDER.
+a table in Markdown beside it. --keep compiles only what failed or changed since the file was
+written: a row's fingerprint is of the kernel's source, of what it is specialised for and of the code
+that judges it. Another Triton is a folder in front: PYTHONPATH=FOLDER.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import multiprocessing
 import os
@@ -52,6 +55,13 @@ class Job(NamedTuple):
     launch: Launch
     capability: int
     origin: dict[str, str]  # op, case, dtype, choice (empty: the defaults)
+
+    def fingerprint(self) -> str:
+        """Equal only where the row would be; the results are of one Triton version."""
+        kernel = self.launch.kernel.cache_key  # of its source and of all that it calls
+        digest = hashlib.sha256(Path(compiled.__file__).read_bytes())
+        digest.update(f"{self.capability} {kernel} {identity(self.launch)}".encode())
+        return digest.hexdigest()[:16]
 
 
 def jobs(
@@ -113,6 +123,7 @@ def compile_one(number: int) -> Row:
     job = _jobs[number]
     row = _row_of(job)
     try:
+        row["fingerprint"] = job.fingerprint()
         made = compiled.compile_launch(job.launch, job.capability)
         facts = compiled.describe(made, job.capability)
     except Exception as error:  # whatever it is, the row says it and the exit code is 1
@@ -154,9 +165,36 @@ def compile_all(todo: list[Job], workers: int) -> Iterator[Row]:
                 yield _row_of(todo[i]) | {"failures": ["the compiler ended the process"]}
 
 
+def keep(todo: list[Job], old: list[Row]) -> tuple[list[Row], list[Job]]:
+    """(rows of `old` that a job would make again, the jobs without such a row)."""
+    sound = {row["fingerprint"]: row for row in old if "fingerprint" in row and not row["failures"]}
+    kept, left = [], []
+    for job in todo:
+        row = sound.get(job.fingerprint())
+        if row is None:
+            left.append(job)
+        else:  # the case may have another name by now
+            kept.append(row | _row_of(job))
+    return kept, left
+
+
+def _complain(row: Row) -> None:
+    if row["failures"]:
+        where = f"sm_{row['capability']} {row['dtype']} {row['choice'] or 'default'}"
+        what = f"{row['kernel']} ({row['op']} {row['case']}) {where}"
+        print(f"{what}: {'; '.join(row['failures'])}", flush=True)
+
+
+def _place(row: Row) -> tuple[str, ...]:
+    """Where a row stands in the file, whatever was compiled first."""
+    names = ("op", "case", "dtype", "choice", "kernel")
+    return (*(row[n] for n in names), f"{row['capability']:3}", str(row["options"]))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="default configurations, sm_80, sm_90")
+    parser.add_argument("--keep", action="store_true", help="rows of the file that still hold")
     parser.add_argument("--ops", default="", help="comma-separated; all by default")
     parser.add_argument("--targets", default="", help="such as 80,90; all six by default")
     parser.add_argument("--out", type=Path, help="the file of rows")
@@ -169,18 +207,26 @@ def main() -> int:
     out = given.out or (None if part else RESULTS / f"triton-{triton.__version__}.json")
     cases = find([o for o in given.ops.split(",") if o], given.cases)
     todo, found = jobs(cases, targets, "default" if given.quick else "record")
-    found += compile_all(todo, given.jobs)
+    if given.keep and out:
+        kept, todo = keep(todo, rows.load(out)[1])
+        found += kept
+        print(f"{len(kept)} kernels are as they were, {len(todo)} to compile", flush=True)
+    for row in found:
+        _complain(row)
+    for row in compile_all(todo, given.jobs):
+        found.append(row)
+        _complain(row)
     if not given.cases and (not given.ops or "nf4" in given.ops):
-        found += nvcc.static_rows(targets)
+        for row in nvcc.static_rows(targets):
+            found.append(row)
+            _complain(row)
+    found.sort(key=_place)
     if out:
         rows.save(out, rows.circumstances(), found)
         if not part:
             out.with_suffix(".md").write_text(tables.static(found), encoding="utf-8")
-    wrong = [row for row in found if row["failures"]]
-    for row in wrong:
-        where = f"sm_{row['capability']} {row['dtype']} {row['choice'] or 'default'}"
-        print(f"{row['kernel']} ({row['op']} {row['case']}) {where}: {'; '.join(row['failures'])}")
-    print(f"triton {triton.__version__}: {len(found)} kernels compiled, {len(wrong)} with failures")
+    wrong = sum(bool(row["failures"]) for row in found)
+    print(f"triton {triton.__version__}: {len(found)} kernels compiled, {wrong} with failures")
     return 1 if wrong else 0
 
 

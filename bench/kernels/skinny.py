@@ -43,14 +43,17 @@ def cases() -> list[Case]:
 
 
 def _tails(k: int, columns: int, strips: int = 0) -> Case:
+    """As a block calls it: behind x in one buffer, padding zeroed, with a copy to keep."""
     return Case(
         op="tails",
         label=_label(k, columns, f"{strips} masks" if strips else ""),
         record=partial(_tails_inputs, T, k, columns, strips),
         small=partial(_tails_inputs, 130, 600, columns, strips),
-        run=lambda x, a, dropout: tails(x, a, SCALING, dropout=dropout),
-        oracle=lambda x, a, dropout: reference.tails(x, a, SCALING, dropout=dropout),
-        work=lambda x, a, dropout: limits.tails(*x.shape, a.shape[0], x.element_size()),
+        run=lambda x, a, dropout, out, copy: tails(
+            x, a, SCALING, dropout=dropout, out=out, copy=copy
+        )[:, :columns],
+        oracle=lambda x, a, dropout, *_: reference.tails(x, a, SCALING, dropout=dropout),
+        work=lambda x, a, *_: limits.tails(*x.shape, a.shape[0], x.element_size()),
         peers={"torch.mm": _mm_tails},
     )
 
@@ -109,9 +112,10 @@ def _dropout(rows: int, strips: int, device: torch.device) -> StripDropout | Non
 def _tails_inputs(
     rows: int, k: int, columns: int, strips: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Any, ...]:
-    x = torch.randn(rows, k, device=device, dtype=dtype)
+    buffer = torch.randn(rows, 64 * -(-(k + columns) // 64), device=device, dtype=dtype)
     a = torch.randn(columns, k, device=device, dtype=dtype) / k**0.5
-    return x, a, _dropout(rows, strips, device)
+    copy = torch.empty(rows, columns, device=device, dtype=dtype)
+    return buffer[:, :k], a, _dropout(rows, strips, device), buffer[:, k:], copy
 
 
 def _dA_inputs(
@@ -144,7 +148,7 @@ def _dB_inputs(
     return dy, torch.randn(rows, columns, device=device, dtype=dtype), segments
 
 
-def _mm_tails(x: Tensor, a: Tensor, dropout: StripDropout | None) -> Callable[[], Any]:
+def _mm_tails(x: Tensor, a: Tensor, dropout: StripDropout | None, *_: Tensor) -> Callable[[], Any]:
     strips = len(dropout.modules) if dropout else 1
     p = dropout.p if dropout else 0.0
 

@@ -4,9 +4,10 @@ import inspect
 
 import pytest
 from fastsft_kernels import limits
+from fastsft_kernels.cards import CARDS
 from fastsft_kernels.limits import Work
 
-from bench.limits import NOMINAL, Rates, rates_of, seconds, share
+from bench.limits import Rates, rates_of, seconds, share
 
 H200 = Rates(4.3e12, 790e12, "for the test")
 T, H, F, V = 8192, 4096, 14336, 128256
@@ -106,5 +107,5 @@ def test_the_slower_of_bytes_and_operations_counts():
 def test_rates_are_measured_nominal_or_unknown():
     measured = [{"kind": "check"}, {"kind": "rates", "bandwidth": 1.0, "flops": 2.0}]
     assert rates_of("NVIDIA H200", measured) == Rates(1.0, 2.0, "measured in the same run")
-    assert rates_of("NVIDIA H200", []) == NOMINAL["NVIDIA H200"]
+    assert rates_of("NVIDIA H200", []) == CARDS["NVIDIA H200"]
     assert rates_of("some card", []) is None

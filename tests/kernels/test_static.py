@@ -30,11 +30,16 @@ def test_every_kernel_compiles_clean_for_sm_80_and_sm_90():
 
 
 @pytest.fixture(scope="module")
-def toys(tmp_path_factory):
+def toys_file(tmp_path_factory):
     out = tmp_path_factory.mktemp("static") / "toys.json"
     done = report("--cases", "static_toys", "--targets", "80,90", "--out", out)
     assert done.returncode == 1, done.stderr
-    return json.loads(out.read_text())["rows"]
+    return out
+
+
+@pytest.fixture(scope="module")
+def toys(toys_file):
+    return json.loads(toys_file.read_text())["rows"]
 
 
 def failures(toys, case):
@@ -71,6 +76,23 @@ def test_a_defect_is_found_on_both_targets(toys, case, said):
 def test_a_product_without_wgmma_is_found_on_sm_90_alone(toys):
     found = failures(toys, "without_wgmma")
     assert not found[80] and found[90] == ["no wgmma: a 64x64 bf16 product on sm_90 does without"]
+
+
+def test_what_neither_failed_nor_changed_is_kept(toys, toys_file, tmp_path):
+    file = tmp_path / "toys.json"
+    old = json.loads(toys_file.read_text())
+    changed = next(row for row in old["rows"] if row["case"] == "sound")
+    changed["fingerprint"] = "of other sources"
+    for row in old["rows"]:
+        row["registers"] = -1
+    file.write_text(json.dumps(old))
+    done = report("--cases", "static_toys", "--targets", "80,90", "--keep", "--out", file)
+    assert done.returncode == 1
+    now = json.loads(file.read_text())["rows"]
+    sound = sum(not row["failures"] for row in toys)
+    assert f"{sound - 1} kernels are as they were" in done.stdout
+    assert sum(row.get("registers") == -1 for row in now) == sound - 1
+    assert [row | {"registers": 0} for row in now] == [row | {"registers": 0} for row in toys]
 
 
 @pytest.mark.parametrize(

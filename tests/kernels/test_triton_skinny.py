@@ -141,6 +141,27 @@ def test_tails_behind_x_in_one_buffer(T):
     assert outside_untouched(buffer[:, : K + columns], buffer)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(
+    "T,K,columns,padding", [(5, 40, 16, 8), (70, 64, 48, 16), (3, 1200, 32, 32)]
+)
+@pytest.mark.parametrize("strips", [None, 2])
+def test_padding_is_zeroed_and_a_copy_made(T, K, columns, padding, strips, backend):
+    """Also where K is cut into slices and a second launch adds them up (K = 1200)."""
+    x, a = randn(T, K), randn(columns, K, seed=1)
+    dropout = strips and StripDropout(0.25, 3, 4, tuple(range(strips)), torch.arange(T))
+    buffer = torch.full((T, columns + padding + 5), torch.nan)
+    copy = torch.full((T, columns), torch.nan)
+    out = buffer[:, : columns + padding]
+    found = tails(x, a, SCALING, dropout=dropout, out=out, copy=copy, backend=backend)
+    assert found is out
+    exact = reference.tails(x.double(), a.double(), SCALING, dropout=dropout)
+    check(out[:, :columns], exact, reference.tails(x, a, SCALING, dropout=dropout))
+    assert torch.equal(copy, out[:, :columns])
+    assert not out[:, columns:].any()
+    assert bool(buffer[:, columns + padding :].isnan().all())
+
+
 def test_tails_wider_than_a_tile_and_strided():
     """More columns than one program holds, and rows that are not contiguous."""
     x = randn(40, 300)[:, ::2]

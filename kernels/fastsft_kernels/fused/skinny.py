@@ -43,6 +43,7 @@ def tails(
     *,
     dropout: StripDropout | None = None,
     out: Tensor | None = None,
+    copy: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """x [T, K], a [S·R, K] of x's dtype -> t [T, S·R] = scaling · (mask_i ∘ x) a_iᵀ in x's dtype.
@@ -50,7 +51,8 @@ def tails(
     Strip i is rows iR to (i+1)R of a and the same columns of t; without dropout no strips are
     told apart. The scaling (with `dropout.keep_scale(p)`, the caller's business) enters in
     float32, before the only rounding. t is written to `out` where given: rows at any pitch, the
-    columns behind x in x's own buffer allowed. Raises ValueError for what does not fit.
+    columns behind x in x's own buffer allowed; columns of `out` beyond S·R are zeroed. copy: a
+    contiguous [T, S·R] that gets t as well. Raises ValueError for what does not fit.
     """
     op = "tails"
     run = select(op, backend, x)
@@ -59,10 +61,16 @@ def tails(
     check_like(op, "a", a, "x", x)
     _check_dropout(op, dropout, a.shape[0], x)
     if out is not None:
-        check_shape(op, "out", out, (x.shape[0], a.shape[0]), "[T, S·R]")
+        width = max(a.shape[0], out.shape[-1])
+        check_shape(op, "out", out, (x.shape[0], width), "[T, S·R] or wider")
         check_like(op, "out", out, "x", x)
         _check_rows(op, out)
-    return run(x, a, scaling, dropout=dropout, out=out)
+    if copy is not None:
+        check_shape(op, "copy", copy, (x.shape[0], a.shape[0]), "[T, S·R]")
+        check_like(op, "copy", copy, "x", x)
+        if not copy.is_contiguous():
+            raise bad(op, "copy must be contiguous", f"strides {copy.stride()}", "Make it so.")
+    return run(x, a, scaling, dropout=dropout, out=out, copy=copy)
 
 
 def skinny_dA(

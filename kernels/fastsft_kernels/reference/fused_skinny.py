@@ -17,6 +17,7 @@ def tails(
     *,
     dropout: StripDropout | None = None,
     out: Tensor | None = None,
+    copy: Tensor | None = None,
 ) -> Tensor:
     """See `fastsft_kernels.fused.tails`."""
     strips = [
@@ -24,7 +25,13 @@ def tails(
         for masked, rows in zip(_masked(_wide(x), dropout), _strips(_wide(a), dropout), strict=True)
     ]
     t = torch.cat(strips, 1).mul_(scaling).to(x.dtype)
-    return t if out is None else out.copy_(t)
+    if copy is not None:
+        copy.copy_(t)
+    if out is None:
+        return t
+    out[:, : t.shape[1]] = t
+    out[:, t.shape[1] :] = 0
+    return out
 
 
 def skinny_dA(

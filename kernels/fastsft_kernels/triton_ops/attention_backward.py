@@ -10,10 +10,12 @@ tokens 16 times dq's size on average. Storing dS instead costs as much time as t
 dk, dv: a program has BN keys of one key head and walks over the queries that see them, in every
 head of the group, so that dk and dv are summed in registers and written once. The scores are held
 transposed, [keys, queries]: P and dS are then the left operands of their products and come from
-registers. S and dP are issued together, so that the exponentials run while dP is being made, and
-dS while dv is. Query blocks cut by the diagonal or the window's edge come first, of all heads,
+registers. dP is issued before the exponentials, which run while it is being made, and dS while dv
+is. Query blocks cut by the diagonal or the window's edge come first, of all heads,
 then the whole ones. Rows behind the end of a document are read as zeros, lse and delta too: then
-P = 1, and they add nothing since do = 0, dP = 0.
+P = 1, and they add nothing since do = 0, dP = 0. Heads of 256 take two launches on sm_90, one for
+dk and one for dv (8 products): a program with 64 keys would hold both sums, but its two warpgroups
+would each make all of S and dP, and 128 keys fill the registers with one sum.
 
 dq: a program has BM rows of one head and walks over keys as the forward does. Both kernels are
 deterministic: every sum has one order.
@@ -55,7 +57,7 @@ _KEYS: Table = {
     },
     "80": {
         64: [(64, 128, 8, 2), (64, 64, 4, 2)],
-        128: [(64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)],
+        128: [(64, 64, 8, 2), (32, 64, 4, 2)],
         256: [(32, 64, 8, 2), (32, 32, 8, 2)],
     },
     "small": {
@@ -63,7 +65,7 @@ _KEYS: Table = {
         128: [(64, 64, 8, 2), (32, 64, 4, 2)],
         256: [(32, 32, 8, 2), (16, 32, 8, 2)],
     },
-    "float32": {64: [(32, 32, 8, 2)], 128: [(16, 32, 8, 2)], 256: [(16, 16, 8, 2)]},
+    "float32": {64: [(32, 32, 8, 2)], 128: [(16, 16, 4, 2)], 256: [(16, 16, 8, 2)]},
 }
 _DK_ALONE: Table = {"90": {256: [(32, 128, 8, 2), (16, 128, 8, 2)]}}
 _DV_ALONE: Table = {"90": {256: [(64, 128, 8, 2), (32, 128, 8, 2)]}}
@@ -75,7 +77,7 @@ _QUERIES: Table = {
     },
     "100": {
         64: [(128, 128, 8, 2), (128, 64, 4, 2)],
-        128: [(128, 64, 8, 2), (64, 64, 4, 2)],
+        128: [(128, 64, 4, 2), (128, 32, 8, 2)],
         256: [(64, 32, 8, 2), (64, 32, 4, 2)],
     },
     "80": {

@@ -40,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsft_kernels.fused.cross_entropy import RowLosses
-from fastsft_kernels.launch import launch, pinned
+from fastsft_kernels.launch import capability, launch, pinned
 from fastsft_kernels.reference.cross_entropy import CrossEntropy, LossOptions, linear_loss
 
 # By bytes of a row: pieces of 16 bytes at a time, warps. See above for why long rows take many.
@@ -159,7 +159,8 @@ def _config(logits: Tensor) -> dict[str, int]:
         return pinned("cross_entropy_short", _SHORT, logits)
     if row_bytes <= 1 << 18:
         return pinned("cross_entropy_long", _LONG, logits)
-    return pinned("cross_entropy_longest", _LONGEST, logits)
+    spills = capability(logits) >= 120  # 16 warps with a soft-cap, under Triton 3.6
+    return pinned("cross_entropy_longest", _LONGEST[:1] if spills else _LONGEST, logits)
 
 
 @triton.jit

@@ -28,12 +28,12 @@ from torch.autograd.function import once_differentiable
 
 from fastsft_kernels.launch import launch, pinned
 
-# Four rows give each thread four 16-byte loads of each input, all under way at once.
-_TILES = [
-    {"BM": 4, "BN": 1024, "num_warps": 4},
-    {"BM": 2, "BN": 1024, "num_warps": 4},
-    {"BM": 4, "BN": 2048, "num_warps": 8},
-]
+
+def _shapes(x: Tensor) -> list[dict[str, int]]:
+    """Tiles that give each thread four 16-byte loads of each input, all under way at once, or two."""
+    tiles = [(4, 1024, 4), (2, 1024, 4), (4, 2048, 8)]
+    tiles = tiles if x.element_size() < 4 else tiles[1:2]
+    return [{"BM": bm, "BN": bn, "num_warps": warps} for bm, bn, warps in tiles]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def glu_forward(
     """See `fastsft_kernels.fused.glu_forward`."""
     gate, up = rows_contiguous(gate), rows_contiguous(up)
     out = new_like(gate) if out is None else out
-    (tokens, features), config = gate.shape, pinned("glu_forward", _TILES, gate)
+    (tokens, features), config = gate.shape, pinned("glu_forward", _shapes(gate), gate)
     launch(
         _forward,
         (triton.cdiv(tokens, config["BM"]) * triton.cdiv(features, config["BN"]),),
@@ -91,7 +91,7 @@ def backward_rows(
     h: Tensor | None,
 ) -> None:
     """Writes dgate, dup and, if given, h; all [T, F] with contiguous rows."""
-    (tokens, features), config = gate.shape, pinned("glu_backward", _TILES, gate)
+    (tokens, features), config = gate.shape, pinned("glu_backward", _shapes(gate), gate)
     launch(
         _backward,
         (triton.cdiv(tokens, config["BM"]) * triton.cdiv(features, config["BN"]),),

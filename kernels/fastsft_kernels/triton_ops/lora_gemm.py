@@ -15,8 +15,8 @@ matter of measurement (`lora.lora_linear`).
 
 One program makes a tile of 128 x 256. Tiles are visited in groups of 8 rows of tiles: the 132
 that run at a time then share their operands in the L2 cache (8 x 17 tiles read 44 MB for K = 4096;
-in plain order 2.4 x 56 would read 119 MB). From Hopper on the tensor copy engine fetches the tiles,
-where addresses and pitches are multiples of 16 bytes; elsewhere plain asynchronous copies do.
+in plain order 2.4 x 56 would read 119 MB). On Hopper and sm_100 the tensor copy engine fetches the
+tiles, where addresses and pitches are multiples of 16 bytes; elsewhere plain asynchronous copies do.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def lora_gemm(
     config = pinned(name, _candidates(left, masked), left)
     bm, bn, bk = config["BM"], config["BN"], config["BK"]
     sides: tuple[Any, Any] = (left, right)
-    descriptors = capability(left) >= 90 and all(map(_describable, sides))
+    # Cards with the copy engine but little shared memory (sm_120) do without: Triton 3.6 spills.
+    roomy = capability(left) >= 90 and shared_memory(left) > 1024 * 200
+    descriptors = roomy and all(map(_describable, sides))
     if descriptors:
         blocks = ([bm, bk], [bn, bk] if transposed else [bk, bn])
         sides = tuple(
@@ -92,8 +94,8 @@ def _candidates(x: Tensor, masked: bool) -> list[dict[str, int]]:
         return [{"BM": 128, "BN": 64, "BK": 16, "GROUP": 8, "num_warps": 8, "num_stages": 4}]
     memory = shared_memory(x)
     tile = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-    if memory < 1024 * 100:
-        return [tile | {"BK": 32, "num_stages": 4}]
+    if memory < 1024 * 100:  # sums of 128 x 128 spill on sm_120
+        return [tile | ({"BN": 64} if capability(x) >= 120 else {"BK": 32, "num_stages": 4})]
     if memory < 1024 * 200 or masked:  # masks of 128 x 256 take all 255 registers
         return [tile, tile | {"BK": 32, "num_stages": 4}]
     return [

@@ -134,7 +134,8 @@ def _sums_candidates(x: Tensor, adapters: Adapters | None) -> _Named:
     if x.element_size() == 4:
         return "rms_norm_sums_f32", [{**_NARROW, "num_stages": 1}]
     if adapters.dropout is not None:
-        return "rms_norm_sums_dropout", [{**_NARROW, "BN": 32}, _NARROW]
+        more = [{**_NARROW, "BN": 32}] if capability(x) == 90 else []
+        return "rms_norm_sums_dropout", [_SMALL, *more]
     return "rms_norm_sums", [_NARROW, _BROAD if capability(x) in _HOPPER else _SMALL]
 
 

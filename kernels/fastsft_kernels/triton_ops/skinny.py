@@ -113,15 +113,17 @@ def _configuration(name: str, wide: Tensor, columns: int) -> tuple[int, dict[str
         candidates = [{"BM": 16, "BN": 64, "num_warps": 8, "num_stages": 4}]
         return br, pinned(f"{name}_f32_{br}", candidates, wide)
     # 128 x 256 sums spill before Hopper, whose wgmma reads both operands from shared memory.
-    memory = shared_memory(wide)
-    br = min(256 if memory > 1024 * 200 else 128, narrow)
-    stages = 3 if br > 64 and memory < 1024 * 100 else 4
+    memory = shared_memory(wide) // 1024
+    br = min(256 if memory > 200 else 128, narrow)
+    stages = 4 if memory > 100 or br <= 64 else 3
     candidates = [
         {"BM": 64, "BN": 128, "num_warps": 8, "num_stages": stages},
         {"BM": 32, "BN": 128, "num_warps": 8, "num_stages": stages + 1},
     ]
+    if memory < 100:  # a normed tile of 64 rows spills a word on sm_120
+        candidates = candidates[1:]
     if br <= 32:  # a quarter of the width fills the card without slices, so without a second launch
-        more = 6 if memory > 1024 * 100 else 4
+        more = 6 if memory > 100 else 4
         candidates.append({"BM": 128, "BN": 32, "num_warps": 4, "num_stages": more})
     return br, pinned(f"{name}_{br}", candidates, wide)
 

@@ -36,6 +36,7 @@ def tails(
     *,
     dropout: StripDropout | None = None,
     out: Tensor | None = None,
+    copy: Tensor | None = None,
 ) -> Tensor:
     """See `fastsft_kernels.fused.tails`."""
     x, a = side_by_side(x), side_by_side(a)
@@ -44,26 +45,28 @@ def tails(
         # Rows at a multiple of 16 numbers, so that a rank of 8 is still read in whole vectors.
         out = x.new_empty(rows, -(-columns // 16) * 16)[:, :columns]
     strips = 1 if dropout is None else len(dropout.modules)
-    strip = columns // strips
-    bn = min(_widest(x), max(16, triton.next_power_of_2(strip)))
+    strip, padding = columns // strips, out.shape[1] - columns
+    bn = min(_widest(x), max(16, triton.next_power_of_2(strip + padding)))
     config = pinned(
         f"tails_{bn}" + ("_f32" if x.dtype == torch.float32 else ""), _candidates(x, bn), x
     )
     blocks = triton.cdiv(rows, config["BM"])
-    per_strip = triton.cdiv(strip, bn)
+    per_strip = triton.cdiv(strip + padding, bn)
     splits, steps = slices(triton.cdiv(k, config["BK"]), blocks * strips * per_strip, x)
-    into = out if splits == 1 else x.new_empty(splits, rows, columns, dtype=torch.float32)
+    into = out
+    if splits > 1:
+        into = x.new_empty(splits, rows, columns + padding, dtype=torch.float32)
     launch(
         _tails,
         (strips * per_strip, blocks, splits),
-        *(x, a, into, rows, k, strip, per_strip, steps),
+        *(x, a, into, None if splits > 1 else copy, rows, k, strip, padding, per_strip, steps),
         *(x.stride(0), a.stride(0), into.stride(-2), float(scaling)),
         *mask_arguments(dropout),
         DROPOUT=dropout is not None,
         BN=bn,
         **config,
     )
-    return out if splits == 1 else reduce_partials(into, out)
+    return out if splits == 1 else reduce_partials(into, out, copy=copy)
 
 
 def _widest(x: Tensor) -> int:
@@ -74,18 +77,20 @@ def _widest(x: Tensor) -> int:
 def _candidates(x: Tensor, bn: int) -> list[dict[str, int]]:
     if x.dtype == torch.float32:
         return [{"BM": 32, "BK": 16, "num_warps": 4, "num_stages": 4}]
-    roomy = shared_memory(x) > 1024 * 100
+    memory = shared_memory(x) // 1024
     if bn <= 64:
-        stages = 4 if roomy or bn <= 32 else 3
-        return [
+        stages = 4 if memory > 100 or bn <= 32 else 3
+        narrow = [
             {"BM": 64, "BK": 128, "num_warps": 4, "num_stages": stages},
             {"BM": 32, "BK": 128, "num_warps": 4, "num_stages": stages},
-            {"BM": 128, "BK": 64, "num_warps": 8, "num_stages": stages},
         ]
-    stages = 3 if roomy else 2
+        wide = {"BM": 128, "BK": 64, "num_warps": 8, "num_stages": stages}
+        return [*narrow, wide] if memory > 200 else narrow
+    if memory < 200:  # without wgmma the operands take registers too: half the sums
+        return [{"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 4 if memory > 100 else 3}]
     return [
-        {"BM": 128, "BK": 64, "num_warps": 8, "num_stages": stages},
-        {"BM": 64, "BK": 64, "num_warps": 4, "num_stages": stages},
+        {"BM": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+        {"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 3},
     ]
 
 
@@ -94,9 +99,11 @@ def _tails(
     x,
     a,
     out,
+    copy,
     T,
     K,
     strip_columns,
+    padding,
     blocks_per_strip,
     steps,
     x_stride,
@@ -137,6 +144,15 @@ def _tails(
         x_tile += BK
         a_tile += BK
         first += BK
-    inside = (row[:, None] < T) & (within[None, :] < strip_columns)
-    target = out + (tl.program_id(2).to(tl.int64) * T + row)[:, None] * out_stride + column[None, :]
-    tl.store(target, (total * scaling).to(out.dtype.element_ty), mask=inside)
+    # Behind the last strip's columns the sums are zero: nothing of `a` was read there.
+    last = (strip + 1) * blocks_per_strip == tl.num_programs(0)
+    width = strip_columns + tl.where(last, padding, 0)
+    place = (tl.program_id(2).to(tl.int64) * T + row)[:, None]
+    number = (total * scaling).to(out.dtype.element_ty)
+    inside = row[:, None] < T
+    target = out + place * out_stride + column[None, :]
+    tl.store(target, number, mask=inside & (within[None, :] < width))
+    if copy is not None:
+        all_columns = tl.num_programs(0) // blocks_per_strip * strip_columns
+        target = copy + place * all_columns + column[None, :]
+        tl.store(target, number, mask=inside & (within[None, :] < strip_columns))
