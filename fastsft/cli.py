@@ -33,6 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--examples", type=int, default=3, help="how many examples to print (default 3)"
     )
+    plan = command("plan", "predicted memory and speed, per policy and card; loads no weights")
+    plan.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value", help=CONFIG_WORDS)
+    plan.add_argument("--vram", help="plan for this much memory, such as 24GB")
     evaluate = command(
         "eval", "token-weighted loss, perplexity and accuracy of a run or model on data"
     )
@@ -84,6 +87,11 @@ def _run(arguments: argparse.Namespace) -> int:
         from fastsft.trainer import train
 
         return 130 if train(config, config_path=path).interrupted else 0
+    if arguments.command == "plan":
+        from fastsft.plan_command import show_plan
+
+        path, overrides = split_words(arguments.words)
+        return show_plan(path, overrides, arguments.vram)
     if arguments.command == "eval":
         from fastsft.evaluate import evaluate
 

@@ -27,6 +27,14 @@ SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*GB$", re.IGNORECASE)
 TEMPLATE_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "self")
 
 
+def size_in_bytes(text: str) -> int:
+    """ "24GB" -> 24 · 10^9. Raises ValueError for anything else."""
+    match = SIZE.match(text)
+    if match is None:
+        raise ValueError(f"expected a size such as 24GB (GB is 10^9 bytes); got {text!r}")
+    return int(float(match[1]) * 10**9)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
 
@@ -100,6 +108,8 @@ class Config(_Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    masters: Literal["fp32", "bf16"] = "fp32"
+    update_in_backward: bool = False
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     vram: str = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -201,6 +211,15 @@ class Config(_Strict):
         if self.method == "full" and self.adapter:
             raise ValueError(
                 "adapter belongs to method lora or qlora; merge it first to train in full"
+            )
+        if self.masters == "bf16" and (self.method != "full" or self.engine == "compat"):
+            raise ValueError(
+                "masters: bf16 is for method: full on the fast engine (adapters keep fp32 masters)"
+            )
+        if self.update_in_backward and (self.masters != "bf16" or self.max_grad_norm is not None):
+            raise ValueError(
+                "update_in_backward takes each gradient before the others are known: it needs masters: bf16 "
+                "and max_grad_norm: null"
             )
         return self
 

@@ -46,6 +46,9 @@ class RunSummary:
     predicted_memory: int | None
     output_dir: Path
     notes: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)  # what runs each linear layer
+    memory_parts: dict[str, int] = field(default_factory=dict)  # bytes of predicted_memory
+    host_memory: int = 0
 
     def lines(self) -> list[tuple[str, str]]:
         share = self.trainable / max(1, self.parameters)
@@ -53,6 +56,7 @@ class RunSummary:
             ("model", f"{self.model} ({count(self.parameters)} parameters)"),
             ("method", f"{self.method}: {count(self.trainable)} trained ({share:.2%})"),
             ("engine", f"{self.engine}: {self.engine_reason}"),
+            *(("path", path) for path in self.paths),
             ("device", f"{self.device}, {self.dtype}"),
         ]
         if self.rows is not None and self.tokens is not None:
@@ -65,9 +69,17 @@ class RunSummary:
             steps += f", going on after step {self.first_step:,}"
         rows += [("steps", steps), ("batch", self.batch)]
         if self.predicted_memory is not None:
-            rows.append(("memory", f"{size(self.predicted_memory)} predicted"))
+            rows.append(("memory", self._memory(self.predicted_memory)))
         rows.append(("output", str(self.output_dir)))
         return rows + [("note", note) for note in self.notes]
+
+    def _memory(self, predicted: int) -> str:
+        """The prediction with the parts that matter."""
+        large = {n: b for n, b in self.memory_parts.items() if b > 0.02 * predicted}
+        text = f"{size(predicted)} predicted"
+        if large:
+            text += f": {', '.join(f'{name} {size(b)}' for name, b in large.items())}"
+        return text + (f"; {size(self.host_memory)} of host memory" if self.host_memory else "")
 
 
 class _Status:

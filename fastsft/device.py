@@ -128,3 +128,22 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
             f"dtype: bf16 is not in the hardware of {torch.cuda.get_device_name(device)}; use dtype: fp32"
         )
     return torch.bfloat16 if native or wanted == "bf16" else torch.float32
+
+
+def free_host_memory() -> int:
+    """Bytes of host memory that can be had: what the kernel calls available, within the container's limit."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = 1024 * int(fields["MemAvailable"].split()[0])
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(free, 0)
+
+
+def grow_segments() -> None:
+    """Lets torch's allocator grow its segments, before CUDA starts; what the user has set stays.
+
+    Micro-batches differ in length, and segments of fixed size would leave a gap for every length.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

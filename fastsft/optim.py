@@ -15,13 +15,14 @@ input and wait for the device after every parameter anyway, so there the flag is
 
 import importlib
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsft.errors import UserError
+from fastsft.rounding import RoundedOptimizer, Update
 
 if TYPE_CHECKING:
     from fastsft.config import Config
@@ -29,17 +30,7 @@ if TYPE_CHECKING:
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
-
-
-class Update(NamedTuple):
-    """What one optimizer step did; both stay on the device until somebody reads them.
-
-    norm: fp32/fp64 scalar, the global gradient norm before clipping.
-    skipped: fp32 scalar, 1 where the norm was not finite and nothing was changed, else 0.
-    """
-
-    norm: Tensor
-    skipped: Tensor
+Optimizer = torch.optim.Optimizer | RoundedOptimizer
 
 
 def peak_learning_rate(config: "Config") -> float:
@@ -90,17 +81,27 @@ def _wsd(step: int, total: int, warmup: int, decay_ratio: float, minimum: float)
 
 
 def build_optimizer(
-    named_params: Iterable[tuple[str, nn.Parameter]], config: "Config"
-) -> torch.optim.Optimizer:
+    named_params: Iterable[tuple[str, nn.Parameter]],
+    config: "Config",
+    sums: Mapping[nn.Parameter, Tensor] | None = None,
+) -> Optimizer:
     """AdamW over the trainable parameters, weight decay on matrices only (norms and biases none).
 
-    Raises UserError where bitsandbytes, or its kernel for the parameters' device, is missing:
-    here, before the first step, because the failure would otherwise come after all the set-up.
+    sums: the float32 gradients of bf16 weights (masters: bf16), which are rounded at random.
+    Raises UserError where bitsandbytes, or its kernel for the parameters' device, is missing: here,
+    before the first step, because the failure would otherwise come after all the set-up.
     """
-    named = [(name, p) for name, p in named_params if p.requires_grad]
-    assert named, "no trainable parameters"
-    matrices = [p for _, p in named if p.ndim >= 2]
-    vectors = [p for _, p in named if p.ndim < 2]
+    params = [p for _, p in named_params if p.requires_grad]
+    assert params, "no trainable parameters"
+    if not sums:
+        return _adamw(params, config)
+    weights = [(p, sums[p]) for p in params]
+    return RoundedOptimizer(weights, lambda stand_ins: _adamw(stand_ins, config), config.seed)
+
+
+def _adamw(params: Sequence[nn.Parameter], config: "Config") -> torch.optim.Optimizer:
+    matrices = [p for p in params if p.ndim >= 2]
+    vectors = [p for p in params if p.ndim < 2]
     groups: list[dict[str, Any]] = [
         {"params": params, "weight_decay": decay}
         for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))
@@ -108,7 +109,7 @@ def build_optimizer(
     ]
     rate = peak_learning_rate(config)
     if config.optimizer in _BITSANDBYTES:
-        kind = _bitsandbytes_class(config.optimizer, named[0][1].device)
+        kind = _bitsandbytes_class(config.optimizer, params[0].device)
         return kind(groups, lr=rate, betas=BETAS, eps=EPS)
     return torch.optim.AdamW(groups, lr=rate, betas=BETAS, eps=EPS, fused=True)
 
@@ -153,8 +154,10 @@ def clip_gradients(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
     return norm
 
 
-def apply_update(optimizer: torch.optim.Optimizer, rate: float, max_norm: float | None) -> Update:
+def apply_update(optimizer: Optimizer, rate: float, max_norm: float | None) -> Update:
     """Clip, update at learning rate `rate`, drop the gradients; skip if the norm is not finite."""
+    if isinstance(optimizer, RoundedOptimizer):
+        return optimizer.update(rate, max_norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
     params = [p for group in optimizer.param_groups for p in group["params"]]

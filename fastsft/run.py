@@ -37,7 +37,9 @@ from fastsft.data.store import TokenStore
 from fastsft.errors import UserError
 from fastsft.metrics import Meter, MetricsLog, flops_per_token
 from fastsft.model.build import Built, build
-from fastsft.optim import build_optimizer, peak_learning_rate
+from fastsft.model.engine import paths
+from fastsft.model.fast import FastEngine
+from fastsft.optim import Optimizer, build_optimizer, peak_learning_rate
 from fastsft.preparation import Intake, settle_date, take_in
 from fastsft.reporters import open_reporters
 from fastsft.run_folder import check_resume_config
@@ -68,7 +70,7 @@ class Run:
     folder: Path
     console: RunConsole
     built: Built
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     data: Prepared | Streamed
     layout: Layout
     course: Course
@@ -214,10 +216,11 @@ def _course(
     data: Prepared | Streamed,
     total: int,
     checkpoint: Checkpoint | None,
-) -> tuple[Course, torch.optim.Optimizer]:
+) -> tuple[Course, Optimizer]:
     """Optimizer and course, at their beginning or as a checkpoint left them."""
     assert total, "the config asks for at least one step"
-    optimizer = build_optimizer(built.named_parameters(), config)
+    sums = built.engine.sums if isinstance(built.engine, FastEngine) else None
+    optimizer = build_optimizer(built.named_parameters(), config, sums)
     if checkpoint is None:
         return Course(total_steps=total), optimizer
     course = Course(**{**checkpoint.state["course"], "total_steps": total})
@@ -309,6 +312,9 @@ def _say(run: Run) -> None:
             predicted_memory=built.predicted_memory,
             output_dir=run.folder,
             notes=notes,
+            paths=paths(built.engine, built.model),
+            memory_parts={} if built.planning is None else built.planning.planned.memory.parts,
+            host_memory=0 if built.planning is None else built.planning.planned.memory.host,
         )
     )
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 
 from fastsft.checkpoint import list_checkpoints, prune, random_state, save_checkpoint
 from fastsft.config import Config, make_config
-from fastsft.console import RunConsole
+from fastsft.console import RunConsole, size
 from fastsft.data.loader import (
     Ahead,
     Step,
@@ -34,13 +35,16 @@ from fastsft.data.loader import (
     streamed_steps,
 )
 from fastsft.data.prepare import Streamed
-from fastsft.device import check_device
+from fastsft.device import check_device, grow_segments
 from fastsft.disk import is_disk_full
 from fastsft.errors import UserError
 from fastsft.metrics import EvalSums, write_summary
-from fastsft.model.build import refuse_what_is_not_there
+from fastsft.model.compat import LossOutput
+from fastsft.model.fast import FastEngine
 from fastsft.optim import apply_update, learning_rate
 from fastsft.plot import plot_loss
+from fastsft.rehearsal import make_room, rehearse
+from fastsft.rounding import RoundedOptimizer
 from fastsft.run import Run, set_up
 from fastsft.run_folder import claim_output_dir, resolve_resume
 
@@ -61,12 +65,14 @@ def train(config: Config | dict[str, Any], *, config_path: str | None = None) ->
     """Train as `config` says and return what was left. Raises UserError for what the user can mend."""
     config = make_config(config) if isinstance(config, dict) else config.model_copy(deep=True)
     stem = config.run_name or (Path(config_path).stem if config_path else "run")
-    refuse_what_is_not_there(config)
+    grow_segments()
     device = check_device()
     with RunConsole() as console, termination_as_interrupt(), _claimed(config, stem) as folder:
         checkpoint = resolve_resume(config.resume, folder, console.warn)
         run = set_up(config, folder, checkpoint, console, device, stem)
         with interruptions(console) as stop, _told_out_of_memory(run):
+            if device.type == "cuda":
+                _rehearse(run)
             interrupted = loop(run, stop)
         return finish(run, interrupted)
 
@@ -88,6 +94,16 @@ def _claimed(config: Config, stem: str) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # not empty: there is a run in it
             folder.rmdir()
+
+
+def _rehearse(run: Run) -> None:
+    """The worst micro-batches before step 1, so that memory cannot run out at hour three."""
+    with run.console.task("trying the worst micro-batches"):
+        peak = rehearse(run)
+    expected = run.built.predicted_memory
+    run.console.print(
+        f"memory: {size(peak)} at their peak, {size(expected)} predicted with CUDA's own"
+    )
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -125,11 +141,12 @@ def loop(run: Run, stop: threading.Event) -> bool:
 def _step(run: Run, step: Step) -> None:
     """One optimizer step: the loss is summed over trained tokens and divided by their number once."""
     course, started = run.course, time.perf_counter()
-    for batch in step.batches:
-        output = run.built.engine.loss(batch, step=step.index)
-        (output.loss_sum / batch.step_trained).backward()
-        run.meter.add(output.loss_sum, output.correct, len(batch.trained_rows), batch.tokens)
     rate = learning_rate(step.index - 1, course.total_steps, run.config)
+    with _updates_in_backward(run, step, rate):
+        while (sums := _accumulate(run, step)) is None:
+            pass  # under a cheaper plan, from the first micro-batch
+    for batch, output in zip(step.batches, sums, strict=True):
+        run.meter.add(output.loss_sum, output.correct, len(batch.trained_rows), batch.tokens)
     update = apply_update(run.optimizer, rate, run.config.max_grad_norm)
     logged = step.index in (1, course.total_steps) or step.index % run.config.logging_steps == 0
     run.meter.end_step(step.index, step.epoch, rate, update, log=logged)
@@ -138,6 +155,43 @@ def _step(run: Run, step: Step) -> None:
     course.total_tokens += step.tokens
     course.seconds += time.perf_counter() - started
     run.rows_of[step.index] = step.rows
+
+
+def _accumulate(run: Run, step: Step) -> list[LossOutput] | None:
+    """The step's gradient and its micro-batches' sums; None where memory ran out and there is a way on."""
+    sums = []
+    try:
+        for batch in step.batches:
+            output = run.built.engine.loss(batch, step=step.index)
+            (output.loss_sum / batch.step_trained).backward()
+            sums.append(LossOutput(output.loss_sum.detach(), output.correct))
+        return sums
+    except torch.OutOfMemoryError as error:
+        failure = error.with_traceback(None)  # which holds the tensors of the attempt
+    if run.config.update_in_backward:
+        raise failure  # some weights have moved already: the step cannot be taken again
+    make_room(run, f"step {step.index}", failure)
+    return None
+
+
+@contextmanager
+def _updates_in_backward(run: Run, step: Step, rate: float) -> Iterator[None]:
+    """With `update_in_backward` each block's weights move as soon as their gradient is whole."""
+    if not run.config.update_in_backward:
+        yield
+        return
+    if len(step.batches) > 1:
+        raise UserError(
+            f"update_in_backward: step {step.index} has {len(step.batches)} micro-batches, and a gradient is "
+            "whole only after the last; lower batch_size, or raise micro_batch_tokens"
+        )
+    engine, optimizer = run.built.engine, run.optimizer
+    assert isinstance(engine, FastEngine) and isinstance(optimizer, RoundedOptimizer)
+    engine.after_block = partial(optimizer.update_early, rate=rate)
+    try:
+        yield
+    finally:
+        engine.after_block = None
 
 
 def _steps(run: Run) -> Iterator[Step]:

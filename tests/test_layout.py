@@ -25,7 +25,8 @@ LAYERS = [
         {"errors", "config", "builtin", "data", "console", "device", "disk", "fastsft_kernels"},
     ),
     ("fastsft.integrations", {"model", "fastsft_kernels"}),
-    ("fastsft.optim", {"errors", "config"}),
+    ("fastsft.rounding", set()),
+    ("fastsft.optim", {"errors", "config", "rounding"}),
     ("fastsft.checkpoint", {"errors", "config", "disk"}),
     ("fastsft.run_folder", {"errors", "config", "checkpoint", "disk"}),
     ("fastsft.metrics", {"errors", "config", "optim"}),
@@ -81,7 +82,7 @@ def test_imports_point_down(layer, allowed):
 
 def test_every_module_has_a_layer():
     known = [name for name, _ in LAYERS]
-    outer = "__main__ cli trainer run evaluate preparation"
+    outer = "__main__ cli trainer run evaluate plan_command preparation rehearsal"
     top = {"fastsft", *(f"fastsft.{name}" for name in outer.split())}
     loose = [
         m

@@ -53,6 +53,7 @@ class MicroBatch:
     lengths: tuple[int, ...]  # of the S documents: cu_seqlens as the host knows it
     targets: tuple[int, ...]  # trained tokens of each document, n in all
     sequences: tuple[int, ...]
+    host_ids: Any = None  # ids once more, on the host, once the loader has moved the batch
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
         cu_seqlens=move(batch.cu_seqlens),
         trained_rows=move(batch.trained_rows),
         row_key=move(batch.row_key),
+        host_ids=torch.from_numpy(batch.ids),
     )
 
 

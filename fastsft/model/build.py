@@ -29,6 +29,7 @@ from fastsft.model.extras import resize_vocabulary, train_token_rows
 from fastsft.model.files import written_whole
 from fastsft.model.load import cast_model, kept_in_fp32, load_model, resolve_model, save_model
 from fastsft.model.lora import LoraSet, add_adapters, trainable_summary
+from fastsft.model.planning import Planning, limit_allocator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +54,7 @@ class Built:
     reason: str
     micro_batch_tokens: int
     predicted_memory: int
+    planning: Planning | None = None  # of the fast engine
 
     @property
     def product(self) -> str:
@@ -108,24 +110,6 @@ class Built:
                 shutil.copytree(source, staging, dirs_exist_ok=True)
 
 
-def refuse_what_is_not_there(config: Config) -> None:
-    """Keys of the surface whose machinery this version lacks are refused, never ignored."""
-    if config.engine == "fast" and config.method == "full":
-        raise UserError(
-            "engine: fast does not train all weights yet; use method: lora or qlora, or engine: auto"
-        )
-    if config.activations == "offload":
-        raise UserError(
-            "activations: offload is not part of this version; the fast engine has keep, recompute_mlp and "
-            "recompute_block"
-        )
-    if config.vram != "auto":
-        raise UserError(
-            f"vram: {config.vram} cannot be promised: the memory planner is not part of this version; "
-            "leave vram: auto and lower micro_batch_tokens if memory runs out"
-        )
-
-
 def checkpoint_dtype(folder: Path) -> torch.dtype | None:
     """The dtype config.json states for the weights in `folder`."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -149,14 +133,14 @@ def build(
     longest: tokens of the longest row, which every micro-batch must be able to hold. resume_from: a
     checkpoint whose adapter/ or model/ takes the place of the starting weights.
     """
-    refuse_what_is_not_there(config)
     full = config.method == "full"
     dtype = choose_dtype(config.dtype, device)
     folder = resolve_model(config.model, config.revision)
+    limit_allocator(config, device)
     model = load_model(
         resume_from / "model" if full and resume_from else folder,
         quantize=config.method == "qlora",
-        dtype=torch.float32 if full else dtype,
+        dtype=_master_dtype(config, dtype) if full else dtype,
         device=device,
         trust_remote_code=config.trust_remote_code,
         progress=progress,
@@ -182,7 +166,18 @@ def build(
         reason=chosen.reason,
         micro_batch_tokens=chosen.micro_batch_tokens,
         predicted_memory=chosen.predicted_memory,
+        planning=chosen.planning,
     )
+
+
+def _master_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
+    """Of the weights that full fine-tuning trains."""
+    if config.masters == "bf16" and dtype != torch.bfloat16:
+        raise UserError(
+            f"masters: bf16 needs products in bf16, and dtype: {config.dtype} gives {dtype} here; set "
+            "dtype: bf16, or masters: fp32"
+        )
+    return dtype if config.masters == "bf16" else torch.float32
 
 
 def _adapters(

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,12 @@ REFUSED = (
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def resolve_model(name: str, revision: str | None = None) -> Path:
+def resolve_model(
+    name: str, revision: str | None = None, *, files: Sequence[str] = HUB_FILES
+) -> Path:
     """The local folder of `builtin:tiny`, a folder, or a hub id (downloaded or found in the cache).
 
+    files: patterns of what is wanted from the hub.
     Raises UserError when there is none; `check_weights` says whether its weights can be read.
     """
     local = Path(name).expanduser()
@@ -54,10 +57,10 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
         raise UserError(
             f"model: no folder {name}; give an existing folder or a hub id such as owner/name"
         )
-    return _download(name, revision)
+    return _download(name, revision, files)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -65,7 +68,7 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_EXCEPT
+                name, revision=revision, allow_patterns=list(files), ignore_patterns=HUB_EXCEPT
             )
         )
     except hub.GatedRepoError as error:

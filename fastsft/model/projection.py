@@ -14,12 +14,16 @@ all layers, its strips written by the same launch.
 The fp32 masters of a group lie together, strips and padding included (A: [S·R, K], B: [N, R]), in one
 flat buffer for the whole model, and their gradients in another: the kernels add to the gradients in
 place, and one kernel writes the compute copies after an optimizer step.
+
+Where the base itself trains (full fine-tuning) there are no adapters, and dW = dYᵀ x is added to a
+float32 gradient [N, K]. Masters wider than the products' dtype are copied to the dense buffer when
+they have changed; masters of the same dtype live in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from fastsft_kernels import fused
@@ -34,20 +38,60 @@ from fastsft.model.spec import NotFast
 MAX_RANK = 256  # of the kernels that add an adapter's term on the way
 
 
+class Trained(NamedTuple):
+    """A weight of the model that trains: its master, the copy the products use, its gradient's sum."""
+
+    master: nn.Parameter
+    copy: Tensor
+    grad: Tensor
+
+
+# Memory for a gradient's sum, zeroed: in float32, or float64 for a float64 model.
+Zeros = Callable[..., Tensor]
+
+
+def compute_copy(master: Tensor, dtype: torch.dtype) -> Tensor:
+    """The master in the products' dtype; itself where it has that dtype."""
+    return master.detach().to(dtype)
+
+
+def refresh(trained: Iterable[Trained]) -> None:
+    """Writes the copies of masters of another dtype."""
+    pairs = [(t.copy, t.master.detach()) for t in trained if t.copy.dtype != t.master.dtype]
+    for copy, master in pairs:
+        copy.copy_(master)
+
+
 class DecodeBuffers:
-    """Where NF4 weights are decoded: two buffers in turn."""
+    """Where NF4 weights are decoded: two buffers, the one not used last taken first.
+
+    A weight that still lies in one of them is not decoded again: the rows of a long micro-batch go
+    through an MLP tile by tile, and its two weights stay for all of them.
+    """
 
     def __init__(self) -> None:
         self._flat: list[Tensor | None] = [None, None]
-        self._turn = 0
+        self._owners: list[Projection | None] = [None, None]
+        self._last = 1
 
-    def take(self, rows: int, pitch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised [rows, pitch], valid until the call after next."""
-        self._turn ^= 1
-        flat = self._flat[self._turn]
-        if flat is None or flat.numel() < rows * pitch:
-            flat = self._flat[self._turn] = torch.empty(rows * pitch, dtype=dtype, device=device)
-        return flat[: rows * pitch].view(rows, pitch)
+    def weight(self, projection: Projection) -> Tensor:
+        """[W | B] of the projection, [N, pitch], valid until two other weights were asked for."""
+        known = self._owners.index(projection) if projection in self._owners else None
+        self._last = self._last ^ 1 if known is None else known
+        numbers = projection.n * projection.pitch
+        flat = self._flat[self._last]
+        if flat is None or flat.numel() < numbers:
+            flat = torch.empty(numbers, dtype=projection.dtype, device=projection.device)
+            self._flat[self._last] = flat
+        out = flat[:numbers].view(projection.n, projection.pitch)
+        if known is None:
+            self._owners[self._last] = projection
+            projection.decode(out)
+        return out
+
+    def forget(self) -> None:
+        """The adapters have changed, so what was decoded is out of date."""
+        self._owners = [None, None]
 
 
 class Projection:
@@ -66,6 +110,16 @@ class Projection:
         if quantised and len(quantised) < len(bases):
             raise NotFast(f"{name}: some of its weights are in 4 bits and some are not")
         self.nf4 = quantised
+        self.resident = False  # an NF4 weight that stays decoded
+        self._settle_training()
+
+    def _settle_training(self) -> None:
+        self.trains = any(p.requires_grad for base in self._bases for p in base.parameters())
+        masters = [p for base in self._bases for p in base.parameters()]
+        if self.trains and not all(p.requires_grad for p in masters):
+            raise NotFast(f"{self.name}: some of its weights train and some do not")
+        if self.trains and self.tail:
+            raise NotFast(f"{self.name}: an adapter on a base that trains")
 
     def _settle_strips(self) -> None:
         present = [m for m in self.adapters if m is not None]
@@ -80,17 +134,41 @@ class Projection:
         self.tail = len(self.adapters) * self.r
         self.pitch = self.k if not present else 64 * -(-(self.k + self.tail) // 64)
 
-    def settle(self) -> None:
-        """Takes the weights over; once nothing can fail any more, since a dense base moves."""
+    def settle(self, zeros: Zeros) -> list[Trained]:
+        """Takes the weights over, once nothing can fail any more, since a dense base moves: what trains."""
         self.bias = _joined_bias(self._bases, self.dtype, self.device)
         self.a = self._zeros(self.tail, self.k)
-        self.b = self._zeros(self.n, self.r if self.nf4 else 0)
+        in_pitch = not self.nf4 or self.resident
+        self.b = self._zeros(self.n, 0 if in_pitch else self.r)
         self.dense: Tensor | None = None
-        if not self.nf4:
+        self.grad_w: Tensor | None = None
+        self.grad_bias: Tensor | None = None
+        if self.nf4 and self.resident:
+            self.dense = self.decode(self._zeros(self.n, self.pitch))
+        elif not self.nf4:
             self.dense = self._zeros(self.n, self.pitch)
             for base, block in zip(self._bases, self.dense.split(self.rows), strict=True):
                 block[:, : self.k] = base.weight.detach()
-                base.weight.data = block[:, : self.k]
+                if base.weight.dtype == self.dtype:
+                    base.weight.data = block[:, : self.k]
+        return self._trained(zeros) if self.trains else []
+
+    def _trained(self, zeros: Zeros) -> list[Trained]:
+        assert self.dense is not None
+        self.grad_w = zeros(self.n, self.k)
+        parts = zip(self.dense.split(self.rows), self.grad_w.split(self.rows), strict=True)
+        trained = [
+            Trained(base.weight, *both) for base, both in zip(self._bases, parts, strict=True)
+        ]
+        if self.bias is not None:
+            self.grad_bias = zeros(self.n)
+            parts = zip(self.bias.split(self.rows), self.grad_bias.split(self.rows), strict=True)
+            for base, (copy, grad) in zip(self._bases, parts, strict=True):
+                if base.bias is not None and base.bias.dtype == self.dtype:
+                    base.bias.data = copy
+                if base.bias is not None:
+                    trained.append(Trained(base.bias, copy, grad))
+        return trained
 
     def _zeros(self, rows: int, columns: int) -> Tensor:
         return torch.zeros(rows, columns, dtype=self.dtype, device=self.device)
@@ -150,28 +228,28 @@ class Projection:
         return StripDropout(self.p, seed, step, modules, keys)
 
     def buffer(self, tokens: int) -> Tensor:
-        """An input buffer [T, pitch]: uninitialised, but zero behind the strips."""
-        x = torch.empty(tokens, self.pitch, dtype=self.dtype, device=self.device)
-        if self.pitch > self.k + self.tail:
-            x[:, self.k + self.tail :].zero_()
-        return x
+        """An input buffer [T, pitch], uninitialised: K columns for the caller, the rest for `fill_tail`."""
+        return torch.empty(tokens, self.pitch, dtype=self.dtype, device=self.device)
 
     def tail_of(self, x: Tensor) -> Tensor:
         return x[:, self.k : self.k + self.tail]
 
-    def forward(
-        self, x: Tensor, buffers: DecodeBuffers, dropout: StripDropout | None
-    ) -> tuple[Tensor, Tensor]:
-        """x [T, pitch], the input in its first K columns -> (y [T, N], a tail [T, S·R] to keep).
+    def fill_tail(self, x: Tensor, dropout: StripDropout | None, *, copy: bool = True) -> Tensor:
+        """Writes the tail of x [T, pitch] from its first K columns, zeros behind it -> the tail [T, S·R].
 
-        Fills the tail of x. The one returned is memory of its own: a view would keep all of x.
+        The one returned is memory of its own, since a view keeps all of x; without `copy` it is a view.
         """
-        tail = x[:, :0]
+        kept = x.new_empty(x.shape[0], self.tail) if copy else self.tail_of(x)
         if self.tail:
-            home = self.tail_of(x)
-            scaling = self._scale(dropout)
-            tail = fused.tails(x[:, : self.k], self.a, scaling, dropout=dropout, out=home).clone()
-        return self.product(x, buffers), tail
+            scaling, columns = self._scale(dropout), x[:, : self.k]
+            more = kept if copy else None
+            fused.tails(columns, self.a, scaling, dropout=dropout, out=x[:, self.k :], copy=more)
+        return kept
+
+    def restore_tail(self, x: Tensor, tail: Tensor) -> None:
+        """Writes a tail that was kept back into x, zeros behind it."""
+        x[:, self.k :].zero_()
+        self.tail_of(x).copy_(tail)
 
     def product(self, x: Tensor, buffers: DecodeBuffers) -> Tensor:
         """x [T, pitch], tail included -> y [T, N]."""
@@ -207,15 +285,34 @@ class Projection:
             d, _, dropout, scaling = adapters
             fused.skinny_dA(d, x, scaling, norm=norm, dropout=dropout, out=self.grad_a)
 
+    def add_grad_weight(self, dy: Tensor, x: Tensor) -> None:
+        """Adds dyᵀ · x, and the bias's, where the base trains. dy [T, N], x [T, >= K]."""
+        if self.grad_w is not None:
+            add_product(self.grad_w, dy, x[:, : self.k])
+        if self.grad_bias is not None:
+            self.grad_bias += dy.sum(0, dtype=self.grad_bias.dtype)
+
     def _weight(self, buffers: DecodeBuffers) -> Tensor:
         """[W | B], [N, pitch]."""
-        if self.dense is not None:
-            return self.dense
-        out = buffers.take(self.n, self.pitch, self.dtype, self.device)
-        return fused.nf4_dequantize_group(self.nf4, out, b=self.b if self.tail else None)
+        return buffers.weight(self) if self.dense is None else self.dense
+
+    def decode(self, out: Tensor) -> Tensor:
+        """Writes [W | B] to out [N, pitch]; B is zero where it is kept in the pitch."""
+        b = self.b if self.tail and self.b.shape[1] else None
+        return fused.nf4_dequantize_group(self.nf4, out, b=b)
 
     def _scale(self, dropout: StripDropout | None) -> float:
         return self.scaling * (1.0 if dropout is None else keep_scale(dropout.p))
+
+
+def add_product(total: Tensor, dy: Tensor, x: Tensor) -> None:
+    """total [N, K] += dyᵀ [N, T] · x [T, K], in total's dtype."""
+    if total.dtype == dy.dtype:
+        total.addmm_(dy.t(), x)
+    elif total.device.type == "cpu":  # no product of half numbers with a float32 result there
+        total.addmm_(dy.t().to(total.dtype), x.to(total.dtype))
+    else:
+        torch.addmm(total, dy.t(), x, out_dtype=total.dtype, out=total)
 
 
 def _joined_bias(bases: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor | None:

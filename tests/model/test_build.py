@@ -137,7 +137,7 @@ def test_the_reason_says_why_compat_and_what_runs(base, tmp_path):
     assert reason.startswith("our own decoder for llama") and reason.endswith("activations: keep")
     assert built(base, "lora", engine="fast").reason.startswith("as asked for: our own decoder")
     reason = built(base, "full").reason
-    assert reason.startswith("the fast engine does not train all weights yet: transformers'")
+    assert reason == "our own decoder for llama; activations: keep"
     reason = built(base, "lora", engine="compat").reason
     assert "with our adapters, our attention over packed documents and our loss" in reason
     reason = built(base, "full", engine="compat", activations="recompute_block").reason

@@ -13,7 +13,8 @@ model revision tokenizer trust_remote_code method adapter engine lora new_tokens
 val_size on_bad_row streaming shuffle chat_template chat_template_kwargs date system stop train_on
 multi_turn max_length overlong batch_size batch_tokens micro_batch_tokens activations epochs
 max_steps learning_rate lr_scheduler warmup_ratio warmup_steps min_lr_ratio decay_ratio
-weight_decay max_grad_norm optimizer dtype vram seed logging_steps eval_steps save_steps
+weight_decay max_grad_norm optimizer masters update_in_backward dtype vram seed
+logging_steps eval_steps save_steps
 save_total_limit early_stopping_patience sample_prompts resume output_dir run_name report_to
 """.split()
 

@@ -180,9 +180,7 @@ def test_engine(place):
         choice: built(place, engine=choice).engine.name for choice in ("fast", "compat", "auto")
     }
     assert names == {"fast": "fast", "compat": "compat", "auto": "fast"}
-    assert built(place, method="full").engine.name == "compat"
-    with pytest.raises(UserError, match="engine: fast does not train all weights"):
-        run(place, engine="fast", method="full")
+    assert built(place, method="full").engine.name == "fast"
 
 
 @about("lora.r", "lora.alpha", "lora.use_rslora", "lora.dropout")
@@ -441,12 +439,10 @@ def test_micro_batch_tokens(place):
 
 @about("activations")
 def test_activations(place):
-    with pytest.raises(UserError, match="activations: offload is not part of this version"):
-        run(place, activations="offload")
     with pytest.raises(UserError, match="activations: recompute_mlp needs the fast engine"):
         run(place, activations="recompute_mlp", engine="compat")
-    for policy in ("keep", "recompute_mlp", "recompute_block"):
-        assert built(place, activations=policy).engine.activations == policy
+    for policy in ("keep", "recompute_mlp", "recompute_block", "offload"):
+        assert set(built(place, activations=policy).engine.plan.policies) == {policy}
     compat = {"engine": "compat"}
     assert not built(place, activations="keep", **compat).model.is_gradient_checkpointing
     assert built(place, activations="recompute_block", **compat).model.is_gradient_checkpointing
@@ -499,6 +495,21 @@ def test_max_grad_norm():
     assert float(free[0].mean()) < 0.92 and float(clipped[0].mean()) > 0.98
 
 
+@about("masters", "update_in_backward")
+def test_masters(place):
+    """What they do to a run is in test_rounding.py."""
+    wide, narrow = (built(place, method="full", dtype="bf16", masters=m) for m in ("fp32", "bf16"))
+    dtypes = [{p.dtype for _, p in each.named_parameters()} for each in (wide, narrow)]
+    assert dtypes == [{torch.float32}, {torch.bfloat16}]
+    early = {"masters": "bf16", "max_grad_norm": None, "update_in_backward": True}
+    each, shared = narrow, built(place, method="full", dtype="bf16", **early)
+    sums = [
+        sum({t.data_ptr(): t.nbytes for t in e.engine.sums.values()}.values())
+        for e in (each, shared)
+    ]
+    assert sums[1] < sums[0]
+
+
 @about("optimizer")
 def test_optimizer(place):
     kinds = {"adamw": "AdamW", "adamw_8bit": "AdamW8bit"}
@@ -519,15 +530,24 @@ def test_dtype(place):
     assert built(place).model.dtype == built(place, dtype="fp32").model.dtype == torch.float32
     assert built(place, dtype="bf16").model.dtype == torch.bfloat16
     masters = built(place, dtype="bf16", method="full")
-    assert masters.model.dtype == torch.float32 and masters.engine.autocast == torch.bfloat16
+    assert masters.model.dtype == torch.float32 and masters.engine.dtype == torch.bfloat16
     exact, rounded = (series(run(place, dtype=d).output_dir)[0] for d in ("fp32", "bf16"))
     assert exact != rounded == pytest.approx(exact, rel=1e-2)
 
 
 @about("vram")
 def test_vram(place):
-    with pytest.raises(UserError, match="vram: 24GB cannot be promised"):
-        run(place, vram="24GB")
+    """A plan that keeps inside it, or a message that says what would fit."""
+    free = built(place, micro_batch_tokens=256)
+    tight = built(place, micro_batch_tokens=256, vram="0.0018GB")
+    assert tight.predicted_memory <= 1_800_000 < free.predicted_memory
+    assert set(free.engine.plan.policies) == {"keep"} != set(tight.engine.plan.policies)
+    losses = [series(run(place, vram=v).output_dir) for v in ("auto", "0.004GB")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    with pytest.raises(
+        UserError, match=r"does not fit into 0.1 MB: weights.* alone take 0.4\d+ MB"
+    ):
+        built(place, vram="0.0001GB")
 
 
 @about("seed")
