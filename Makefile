@@ -21,8 +21,7 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest bench/kernels
-	$(BIN)/python -m bench.data
-	$(BIN)/python -m bench.cpu_training
+	$(BIN)/python -m bench.all
 
 # Every kernel checked, then timed against its peers; the README's tables from the rows.
 gpu: $(VENV)/.installed-test

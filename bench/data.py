@@ -1,6 +1,6 @@
 """Data preparation, cold, against TRL's own pipeline on the same rows.
 
-    python -m bench.data [--quick]            writes bench/results/cpu/data.json
+    python -m bench.data [--quick] [--limit SECONDS] [--out DIR]      writes bench/results/cpu/data.json
 
 11,400 seeded chat rows of about 3.0 M tokens (sentences of the standard library's documentation), two
 byte-level BPE tokenizers trained on them, one that tiktoken can run with identical ids and one it cannot,
@@ -9,6 +9,9 @@ the tokenizer, says it is ready, and is then timed from the JSONL file to the to
 `_prepare_dataset` of an SFTTrainer; reading the JSONL is timed apart and not counted against it). Peak
 memory is the resident memory of the whole process tree, sampled, less that of the process when ready.
 Both must give the same ids and the same trained tokens, or the bench fails.
+
+Axolotl and LLaMA-Factory are looked for and not driven: each pins a transformers of its own (0.21: 5.20.1;
+0.9.5: 5.6 at most), so neither can be installed beside the TRL that is the oracle here.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import importlib
 import json
 import os
 import pkgutil
-import platform
 import random
 import re
 import statistics
@@ -27,18 +29,23 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench import ledger
+from bench.ledger import Ledger
+from bench.train.job import last_error
+
 ROWS, TOKENS_A_ROW = 11_400, 263
 VOCABULARY = 16_000
 MAX_LENGTH = 4096
-RESULTS = Path(__file__).parent / "results" / "cpu" / "data.json"
-LIBRARIES = ("trl", "transformers", "datasets", "tokenizers", "tiktoken", "jinja2", "numpy")
+KEY = ("kind", "who", "tokenizer", "processes")
+SOURCES = (("fastsft/data", "*.py"),)
+OTHERS = {"Axolotl": "axolotl", "LLaMA-Factory": "llamafactory"}
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -54,6 +61,7 @@ PATTERNS = {"tiktoken": [WORDS], "tokenizers": [r"\p{N}{1,3}", WORDS]}
 # --- the rows and the tokenizers --------------------------------------------------------------------
 
 
+@cache
 def sentences() -> list[str]:
     """Sentences of the documentation every Python carries."""
     found: dict[str, None] = {}
@@ -75,15 +83,21 @@ def sentences() -> list[str]:
     return list(found)
 
 
+def chat(draw: random.Random) -> tuple[str, str]:
+    """A short question, now and then with an input, and a longer answer."""
+    pool = sentences()
+    question = draw.choice(pool)
+    if draw.random() < 0.4:
+        question += "\n" + " ".join(draw.choices(pool, k=draw.randint(1, 3)))
+    return question, " ".join(draw.choices(pool, k=min(60, 1 + int(draw.expovariate(1 / 8.5)))))
+
+
 def write_rows(path: Path, rows: int, seed: int = 0) -> None:
-    """Alpaca-like chats: a short question, now and then with an input, and a longer answer."""
-    pool, draw = sentences(), random.Random(seed)
+    """Alpaca-like chats, one a line."""
+    draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(rows):
-            question = draw.choice(pool)
-            if draw.random() < 0.4:
-                question += "\n" + " ".join(draw.choices(pool, k=draw.randint(1, 3)))
-            answer = " ".join(draw.choices(pool, k=min(60, 1 + int(draw.expovariate(1 / 8.5)))))
+            question, answer = chat(draw)
             messages = [
                 {"role": "user", "content": question},
                 {"role": "assistant", "content": answer},
@@ -244,10 +258,14 @@ def measure(who: str, data: Path, tokenizer: Path, processes: int, keep: Path) -
     keep.mkdir(parents=True)
     command = [sys.executable, "-m", "bench.data", "--child", who, "--processes", str(processes)]
     command += ["--data", str(data), "--tokenizer", str(tokenizer), "--out", str(keep)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    errors = keep / "stderr.txt"
+    with errors.open("w") as file:
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
+        )
     assert child.stdin is not None and child.stdout is not None
     if not child.stdout.readline().startswith('{"ready"'):
-        raise SystemExit(f"the {who} process failed before it was ready")
+        raise SystemExit(f"{who} failed before it was ready: {last_error(errors, child.wait())}")
     base = peak = tree_bytes(child.pid)
     done = threading.Event()
 
@@ -264,7 +282,7 @@ def measure(who: str, data: Path, tokenizer: Path, processes: int, keep: Path) -
     done.set()
     sampler.join()
     if child.wait() or not lines:
-        raise SystemExit(f"the {who} process failed with status {child.returncode}")
+        raise SystemExit(f"{who} failed: {last_error(errors, child.returncode)}")
     return {**json.loads(lines[-1]), "peak_bytes_over_imports": peak - base}
 
 
@@ -277,69 +295,73 @@ def same_arrays(a: Path, b: Path) -> None:
         )
 
 
-def circumstances() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or "uncommitted",
-        "cpu": cpu.group(1) if cpu else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in LIBRARIES},
-    }
-
-
-def compare(work: Path, quick: bool) -> list[dict[str, Any]]:
+def compare(book: Ledger, work: Path, quick: bool, left: Callable[[], float]) -> None:
     """Every way to prepare the same rows, with its ratio to TRL in one process."""
     data, rows = work / "rows.jsonl", ROWS // 20 if quick else ROWS
     write_rows(data, rows)
-    repeats = 1 if quick else 3
-    results = []
-    for kind, patterns in PATTERNS.items():
+    kinds = ["tiktoken"] if quick else list(PATTERNS)
+    ways = [("trl", 0), ("trl", 2), ("ours", 1), ("ours", 2)]
+    for kind in kinds:
+        patterns = PATTERNS[kind]
         tokenizer = work / f"tokenizer-{kind}"
         make_tokenizer(tokenizer, data, patterns, VOCABULARY)
-        reference = 0.0
-        for who, processes in (("trl", 0), ("trl", 2), ("ours", 1), ("ours", 2)):
+        for who, processes in ways[::2] if quick else ways:
+            key = {"kind": "data", "who": who, "tokenizer": kind, "processes": processes or 1}
+            oracle = work / f"{kind}-trl-0-0"
+            if book.find(**key) and (processes or who == "ours"):
+                continue  # TRL's own arrays are needed again, to compare with
+            left()
             runs = []
-            for repeat in range(1 if who == "trl" else repeats):
+            for repeat in range(1 if who == "trl" or quick else 3):
                 keep = work / f"{kind}-{who}-{processes}-{repeat}"
                 runs.append(measure(who, data, tokenizer, processes, keep))
-                same_arrays(keep, work / f"{kind}-trl-0-0")
-            result = {**runs[0], "seconds": statistics.median(run["seconds"] for run in runs)}
-            reference = reference or result["seconds"]
-            results.append(
-                {
-                    "bench": "data",
-                    "who": who,
-                    "tokenizer_runs_on": kind if who == "ours" else "transformers",
-                    "tokenizer": kind,
-                    "processes": processes or 1,
-                    **result,
-                    "repeats": len(runs),
-                    "tokens_per_second": result["tokens"] / result["seconds"],
-                    "times_trl": reference / result["seconds"],
-                }
-            )
-            print(line(results[-1]), flush=True)
-    return results
+                same_arrays(keep, oracle)
+            if book.find(**key):
+                continue
+            result = {**runs[0], **_spread([run["seconds"] for run in runs])}
+            first = book.find(**key | {"who": "trl", "processes": 1}) or result
+            runs_on = kind if who == "ours" else "transformers"
+            row = key | {"tokenizer_runs_on": runs_on} | result
+            row["tokens_per_second"] = result["tokens"] / result["seconds"]
+            row["times_trl"] = first["seconds"] / result["seconds"]
+            book.add(row)
+            print(line(row), flush=True)
 
 
-def memory(work: Path, quick: bool) -> dict[str, Any]:
+def _spread(seconds: list[float]) -> dict[str, float]:
+    """The median counts; p20 and p80 where there are several runs."""
+    median = statistics.median(seconds)
+    if len(seconds) < 2:
+        return {"seconds": median, "repeats": 1}
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+    spread = {"p20": deciles[1], "p50": median, "p80": deciles[7]}
+    return {"seconds": median, "repeats": len(seconds)} | spread
+
+
+def others(book: Ledger) -> None:
+    """Trainers whose preparation is not driven from here: what there is to say is said in a row."""
+    for who, package in OTHERS.items():
+        found = importlib.util.find_spec(package)
+        says = "installed, and not driven by this benchmark yet" if found else "not installed"
+        book.add({"kind": "data", "who": who, "error": says})
+        print(f"{who}: {says}", flush=True)
+
+
+def memory(book: Ledger, work: Path, quick: bool) -> None:
     """Peak memory of preparing 200 MB."""
-    data, wanted = work / "large.jsonl", 10_000_000 if quick else 200_000_000
+    key = {"kind": "data memory", "who": "ours"}
+    if book.find(**key):
+        return
+    data, wanted = work / "large.jsonl", 2_000_000 if quick else 200_000_000
     rows = (work / "rows.jsonl").read_bytes()
     with data.open("wb") as file:
         while file.tell() < wanted:
             file.write(rows)
     result = measure("ours", data, work / "tokenizer-tiktoken", 0, work / "memory")
-    result |= {"bench": "data memory", "who": "ours", "file_bytes": data.stat().st_size}
+    book.add(key | result | {"file_bytes": data.stat().st_size})
     peak = result["peak_bytes_over_imports"] / 1e6
     size = data.stat().st_size / 1e6
     print(f"{size:.0f} MB prepared in {result['seconds']:.1f} s, peak {peak:.0f} MB over imports")
-    return result
 
 
 def line(row: dict[str, Any]) -> str:
@@ -350,29 +372,36 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a twentieth of the rows, nothing written"
-    )
+    parser.add_argument("--quick", action="store_true", help="a twentieth; writes only into --out")
+    parser.add_argument("--limit", type=float, default=540, help="seconds this command may take")
     parser.add_argument("--child", choices=("ours", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=0, help=argparse.SUPPRESS)
     for name in ("--data", "--tokenizer", "--out"):
-        parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+        parser.add_argument(
+            name, type=Path, help="a folder for the rows" if name == "--out" else argparse.SUPPRESS
+        )
+    given = parser.parse_args(argv)
     if given.child:
         run = run_ours if given.child == "ours" else run_trl
         print(json.dumps(run(given.data, given.tokenizer, given.out, given.processes)), flush=True)
-        return
+        return 0
+    ends = time.monotonic() + given.limit
+
+    def left() -> float:
+        if time.monotonic() > ends:
+            raise SystemExit("the time is up; the same command goes on from here")
+        return ends - time.monotonic()
+
     with tempfile.TemporaryDirectory() as folder:
-        results = compare(Path(folder), given.quick)
-        results.append(memory(Path(folder), given.quick))
-    if not given.quick:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        facts = circumstances()
-        RESULTS.write_text(json.dumps([{**row, **facts} for row in results], indent=1) + "\n")
-        print(f"written to {RESULTS}")
+        out = given.out or (Path(folder) if given.quick else ledger.RESULTS)
+        book = ledger.opened(out, "data", KEY, SOURCES)
+        compare(book, Path(folder), given.quick, left)
+        memory(book, Path(folder), given.quick)
+        others(book)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -21,28 +21,38 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-LIBRARIES = "torch triton liger-kernel cut-cross-entropy bitsandbytes flash-attn peft".split()
+LIBRARIES = (
+    "torch triton transformers trl peft accelerate bitsandbytes liger-kernel cut-cross-entropy "
+    "unsloth unsloth_zoo flash-attn datasets tokenizers tiktoken numpy axolotl llamafactory"
+).split()
+Folders = tuple[tuple[str, str], ...]
+KERNELS: Folders = (
+    ("kernels/fastsft_kernels", "*.py"),
+    ("csrc", "*.c*"),
+    ("bench/kernels", "*.py"),
+)
+TRAINING: Folders = (*KERNELS[:2], ("fastsft", "*.py"), ("bench/train", "*.py"))
 
 
-def circumstances() -> dict[str, Any]:
+def circumstances(folders: Folders = KERNELS) -> dict[str, Any]:
     """Everything but the card: what ran, in which versions, when."""
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown",
-        "source": source(),
+        "source": source(folders),
         "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
         "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
         "versions": {name: v for name in LIBRARIES if (v := _version(name))},
     }
 
 
-def source() -> str:
-    """A fingerprint of the kernels and their cases: rows of one fingerprint belong together.
+def source(folders: Folders = KERNELS) -> str:
+    """A fingerprint of the files that rows depend on: rows of one fingerprint belong together.
 
     Unlike the commit it is known where git is not, and tells one uncommitted state from another.
     """
     digest = hashlib.sha256()
-    folders = (("kernels/fastsft_kernels", "*.py"), ("csrc", "*.c*"), ("bench/kernels", "*.py"))
     for folder, pattern in folders:
         for path in sorted((ROOT / folder).rglob(pattern)):
             digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
@@ -87,7 +97,10 @@ def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _module() -> str:
-    return ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:])
+    """As it was named after `python -m`."""
+    parts = Path(sys.argv[0]).with_suffix("").parts
+    first = len(parts) - 1 - parts[::-1].index("bench") if "bench" in parts else -2
+    return ".".join(parts[first:]).removesuffix(".__main__")
 
 
 def _version(name: str) -> str:

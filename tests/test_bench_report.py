@@ -36,26 +36,25 @@ ROWS = [
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
+def results(tmp_path):
     """A results folder with one card."""
     folder = tmp_path / "nvidia-test"
     folder.mkdir()
     about = {"card": CARD, "driver": "1"}
     (folder / "kernels.json").write_text(json.dumps({"circumstances": about, "rows": ROWS}))
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "cpu")
-    monkeypatch.setattr(report, "STATIC", tmp_path / "static")
     return tmp_path
 
 
 def test_the_readmes_show_the_rows_as_they_are():
     shown = report.BLOCK.search(report.BENCH_README.read_text(encoding="utf-8"))
-    assert shown and shown[0] == report.kernels_block(), "run: python -m bench.report"
+    made = f"{report.kernels_block()}\n{report.training_block()}"
+    assert shown and shown[0] == made, "run: python -m bench.report"
     text = report.KERNELS_README.read_text(encoding="utf-8")
     assert text == report.kernels_readme(text), "run: python -m bench.report"
 
 
 def test_a_card_s_table(results):
-    block = report.kernels_block()
+    block = report.kernels_block(results)
     assert (
         "### NVIDIA Test" in block and "4.00 TB/s, 800 TFLOP/s, measured in the same run" in block
     )
@@ -68,16 +67,16 @@ def test_a_card_s_table(results):
 def test_figures_come_from_rows_alone(results):
     """Every number in the table is one of a row's, rounded; without rows there is none."""
     (results / "nvidia-test" / "kernels.json").unlink()
-    assert report.kernels_block() == "Kernels on a GPU: not measured.\n\n"
+    assert report.kernels_block(results) == "Kernels on a GPU: not measured.\n\n"
     readme = "| op | measured gain |\n|---|---|\n| rope, glu | 7x faster |\n"
-    assert "| rope, glu | not measured |\n" in report.kernels_readme(readme)
+    assert "| rope, glu | not measured |\n" in report.kernels_readme(readme, results)
 
 
 def test_the_gain_is_over_the_fastest_peer(results):
     readme = (
         "| op | measured gain |\n|---|---|\n| `rope`, glu | old |\n| other | old |\n\nend | old |\n"
     )
-    made = report.kernels_readme(readme)
+    made = report.kernels_readme(readme, results)
     assert "| `rope`, glu | 8192: 50% of the limit, 1.50x quick (NVIDIA Test) |\n" in made
     assert "| other | not measured |\n\nend | old |\n" in made
 
@@ -87,12 +86,9 @@ def test_the_roofline_is_drawn(results, monkeypatch):
     for name, file in pages.items():
         (results / file).write_text("a\n<!-- results -->\nold\n<!-- /results -->\nb\n")
         monkeypatch.setattr(report, name, results / file)
-    (results / "results").mkdir()
-    (results / "results" / "nvidia-test").mkdir()
-    report.main()
-    assert (
-        (results / "results" / "nvidia-test" / "roofline.png").read_bytes().startswith(b"\x89PNG")
-    )
+    report.write(results)
+    report.draw(results)
+    assert (results / "nvidia-test" / "roofline.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(r"a\n<!-- results -->\n### NVIDIA Test", (results / "bench.md").read_text())
 
 
@@ -108,4 +104,4 @@ def test_the_static_table(results):
     (results / "static").mkdir()
     whole = {"circumstances": {}, "rows": [row | facts, other]}
     (results / "static" / "triton-3.9.json").write_text(json.dumps(whole))
-    assert "2 kernels compiled, 1 with failures" in report.kernels_block()
+    assert "2 kernels compiled, 1 with failures" in report.kernels_block(results)

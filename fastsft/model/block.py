@@ -148,6 +148,7 @@ class Block:
         do, delta = attention.backward_o(dtotal, saved, known, buffers)
         saved = saved._replace(o=None, unnormed1=None)
         dqkv = attention.backward_scores(do, delta, saved, known)
+        saved = saved._replace(qkv=None, qk_raw=None)
         del do, delta
         if attention.last:
             tokens = (kept.total.shape[0], dtotal.shape[1])

@@ -271,7 +271,6 @@ class _Widths:
         self.m = min(plan.mlp_rows or self.n, self.n)
         self.policy = plan.policies[index]
         self.full = job.method == "full"
-        self.down_adapter = job.layers[index].down.tail > 0
 
     @property
     def attention_saved(self) -> int:
@@ -323,12 +322,9 @@ class _Widths:
 
     def _mlp_backward(self, kept: int) -> int:
         r, n, m = self.r, self.n, self.m
-        # dh, dgate and dup, dz: an adapter of the down projection holds on to dh, since d lies in it. Where
-        # the weights train, h and z once more.
+        # dh, dgate and dup, dz. Where the weights train, h and z once more.
         if self.full:
             made = max(2 * r.h + r.gate_up, r.gate_up + 2 * r.z + r.stream)
-        elif self.down_adapter:
-            made = r.h + r.gate_up + r.z
         else:
             made = r.gate_up + max(r.h, r.z + r.stream)
         if self.policy in ("recompute_block", "offload"):
@@ -346,11 +342,12 @@ class _Widths:
         kept += n * r.stream  # dtotal
         whole = self.policy in ("keep", "recompute_mlp")
         dropped = 0 if whole else n * (r.o + r.unnormed)  # o, once delta is known
+        scores = 0 if whole else T * (r.qkv + r.raw)  # q, k and v, once their gradients are there
         spread = T * r.o if self.last else 0  # do, back among all tokens
         return [
             kept + n * (r.o + r.unnormed) + spread,
             kept - dropped + (spread or n * r.o) + T * r.qkv,
-            kept - dropped + T * (r.qkv + r.y + r.stream) + (T - n) * r.stream,
+            kept - dropped - scores + T * (r.qkv + r.y + r.stream) + (T - n) * r.stream,
         ]
 
 

@@ -112,7 +112,7 @@ class Mlp:
         self.down.add_grad_b(dout, saved.tail_down)
         dh, adapters = self.down.backward(dout, buffers, known.dropout(self.down, keys))
         dgate_up = self._glu_backward(dh, dout, adapters, saved)
-        del dh
+        del dh, adapters  # one tensor: the adapters' part is a view of its tail
         drop = known.dropout(self.gate_up, keys)
         dz, adapters = self.gate_up.backward(dgate_up, buffers, drop)
         if self.gate_up.trains:

@@ -8,7 +8,7 @@
 
 In the last block what follows the attention is made for the trained rows only: nothing ever looks at
 the others again. Backward comes in three steps, so that a block that was recomputed can let go of o
-before the scores' gradient is made.
+before the scores' gradient is made, and of q, k and v before that of the input is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class AttentionSaved(NamedTuple):
     total: Tensor
     rstd1: Tensor | None
     tail_qkv: Tensor
-    qkv: Tensor
+    qkv: Tensor | None  # None: not needed any more
     qk_raw: Tensor | None  # q and k before their norms
     q_rstd: Tensor | None
     k_rstd: Tensor | None
@@ -142,6 +142,7 @@ class SelfAttention:
         self, do: Tensor, delta: Tensor, saved: AttentionSaved, known: Pass
     ) -> Tensor:
         """-> gradient of the qkv product, [T, N]."""
+        assert saved.qkv is not None
         dqkv = torch.empty_like(saved.qkv)
         q, k, v = self._heads(saved.qkv)
         dq, dk, dv = self._heads(dqkv)

@@ -1,0 +1,61 @@
+"""Every benchmark in quick mode, as one command, on a CPU: a broken harness shows before a GPU is seen."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-m", "bench.all", "--quick", "--limit", "900", "--out", str(out)]
+    env = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    ledgers = {p.stem: json.loads(p.read_text()) for p in out.glob("*/*.json")}
+    return done, ledgers, out
+
+
+def test_everything_runs(quick):
+    done, _, out = quick
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    drawn = {p.name for p in out.glob("*/*.png")}
+    assert {"tokens.png", "context.png", "curves.png"} <= drawn
+
+
+def test_rows_carry_their_circumstances(quick):
+    for name in ("data", "train", "context", "quality"):
+        about = quick[1][name]["circumstances"]
+        assert about["command"].startswith(f"python -m bench.{name} "), about["command"]
+        assert {"card", "driver", "versions", "commit", "source", "when"} <= set(about)
+        assert {"torch", "transformers", "trl"} <= set(about["versions"])
+
+
+def test_ours_and_a_peer_are_measured_on_the_same_tokens(quick):
+    rows = {r["who"]: r for r in quick[1]["train"]["rows"] if r["kind"] == "train"}
+    assert not any("error" in row for row in rows.values()), rows
+    ours, theirs = rows["fastsft"], rows["trl"]
+    for name in ("tokens_a_step", "trained_a_step"):
+        assert ours[name] == theirs[name] > 0
+    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], abs=2e-3)
+    for row in (ours, theirs):
+        assert row["p20"] <= row["p50"] <= row["p80"] and row["first_step_seconds"] > 0
+        assert row["clock"] == "processor" and "mfu" not in row
+
+
+def test_contexts_are_found(quick):
+    rows = [r for r in quick[1]["context"]["rows"] if r["kind"] == "context"]
+    assert {r["who"] for r in rows} == {"fastsft", "reference"}
+    assert all(r["longest"] > 64 and r["limit"] for r in rows), rows
+
+
+def test_curves_are_of_the_same_steps(quick):
+    rows = quick[1]["quality"]["rows"]
+    assert {len(r["losses"]) for r in rows} == {12}
+    assert "agree" in quick[0].stdout
