@@ -26,6 +26,7 @@ bench: $(VENV)/.installed-test
 # Every kernel checked, then timed against its peers; the README's tables from the rows.
 gpu: $(VENV)/.installed-test
 	$(BIN)/python -m bench.gpu
+	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.report
 
 # Every kernel compiled for six targets, by the installed Triton and by 3.6 where pip can get it.

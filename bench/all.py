@@ -2,10 +2,10 @@
 
     python -m bench.all [--quick] [--limit SECONDS] [--out DIR]
 
-Kernels (on a GPU alone: on a CPU their bench is a test), data preparation, whole trainers, context,
-loss curves, and the report of what they wrote. Each is a command of its own and may fail by itself;
-the exit code says whether any did. --quick takes tiny shapes and few steps, writes into --out or
-nowhere, and is a test: a broken harness is seen before a GPU is.
+Kernels (on a GPU alone: on a CPU their bench is a test), the fast engine, data preparation, whole
+trainers, context, loss curves, and the report of what they wrote. Each is a command of its own and
+may fail by itself; the exit code says whether any did. --quick takes tiny shapes and few steps,
+writes into --out or nowhere, and is a test: a broken harness is seen before a GPU is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-COMMANDS = ("gpu", "data", "train", "context", "quality")
+COMMANDS = ("gpu", "engine", "data", "train", "context", "quality")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -88,6 +88,7 @@ def training_block(results: Path = RESULTS) -> str:
     for title, folder in {**cards(results), "CPU": results / "cpu"}.items():
         parts.append(f"### Whole trainers: {title}\n")
         for name, table in (
+            ("engine", training_tables.engine),
             ("train", training_tables.training),
             ("context", training_tables.context),
             ("quality", training_tables.curves),

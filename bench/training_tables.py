@@ -38,6 +38,36 @@ def speed(rows: Sequence[Row]) -> str:
     return markdown(head, lines) + _seconds(rows)
 
 
+def engine(rows: Sequence[Row]) -> str:
+    """What was checked of the fast engine, and its memory as predicted and as measured."""
+    checks = [r for r in rows if r["kind"] == "check"]
+    lines = [
+        [r["case"], r["problem"] or "right", _found(r, "error"), _found(r, "allowed")]
+        for r in checks
+    ]
+    text = markdown(["check of the fast engine", "", "error", "allowed"], lines)
+    lines = [
+        [
+            f"{r['model']}, {r['method']}, {r['tokens']:,} tokens",
+            r["policy"],
+            f"{r['predicted_bytes'] / 1e9:.2f}",
+            f"{r['measured_bytes'] / 1e9:.2f}" if "measured_bytes" in r else r["problem"],
+            f"{r['off']:+.1%}" if "off" in r else "",
+            f"{r['tokens_per_second']:,.0f}" if "tokens_per_second" in r else "",
+        ]
+        for r in rows
+        if r["kind"] == "memory"
+    ]
+    if not lines:
+        return f"{text}\nPredicted against measured memory: {NOT_MEASURED}.\n"
+    head = ["memory of a step", "policy", "predicted GB", "measured GB", "off by", "tokens/s"]
+    return f"{text}\n{markdown(head, lines)}"
+
+
+def _found(row: Row, key: str) -> str:
+    return f"{row[key]:.1e}" if key in row else ""
+
+
 def _seconds(rows: Sequence[Row]) -> str:
     if not any(row.get("clock") == "processor" for row in rows):
         return ""

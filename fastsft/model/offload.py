@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsft.errors import UserError
+
 
 class Stash:
     """Places for `slots` inputs [T, H]; one forward pass's at a time, taken back in reverse order."""
@@ -98,12 +100,16 @@ class Stash:
 
 
 def pin(tensor: Tensor) -> Any:
-    """Registers host memory with the driver -> what takes it back, also at the tensor's end."""
+    """Registers host memory with the driver -> what takes it back, also at the tensor's end.
+
+    Raises UserError where the driver refuses.
+    """
     runtime: Any = torch.cuda.cudart()
     address = tensor.data_ptr()
     error = runtime.cudaHostRegister(address, tensor.nbytes, 0)
     if int(error) != 0:
-        raise MemoryError(
-            f"{tensor.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {int(error)})"
+        raise UserError(
+            f"{tensor.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {int(error)}); set "
+            "activations: recompute_block, or raise the limit of locked memory (ulimit -l)"
         )
     return weakref.finalize(tensor, runtime.cudaHostUnregister, address)

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from bench import engine
+from fastsft.model.block import Block
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +34,7 @@ def test_everything_runs(quick):
 
 
 def test_rows_carry_their_circumstances(quick):
-    for name in ("data", "train", "context", "quality"):
+    for name in ("engine", "data", "train", "context", "quality"):
         about = quick[1][name]["circumstances"]
         assert about["command"].startswith(f"python -m bench.{name} "), about["command"]
         assert {"card", "driver", "versions", "commit", "source", "when"} <= set(about)
@@ -59,3 +63,31 @@ def test_curves_are_of_the_same_steps(quick):
     rows = quick[1]["quality"]["rows"]
     assert {len(r["losses"]) for r in rows} == {12}
     assert "agree" in quick[0].stdout
+
+
+def test_the_engine_is_checked(quick):
+    rows = {r["case"]: r for r in quick[1]["engine"]["rows"]}
+    assert set(rows) == set(engine.CHECKS)
+    assert not any(r["problem"] for r in rows.values()), rows
+    assert all(0 <= r["error"] <= r["allowed"] for r in rows.values())
+
+
+def test_an_engine_that_is_wrong_is_a_row_that_says_so(monkeypatch, capsys):
+    def broken(device):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(engine, "CHECKS", {"a": lambda device: (0.5, 0.1), "b": broken})
+    assert engine.main(["--quick"]) == 1
+    said = capsys.readouterr().out
+    assert "wrong" in said and "RuntimeError: no kernel image" in said
+
+
+def test_the_checks_see_a_wrong_gradient(monkeypatch):
+    """A tile too few, and a policy that gives other bits."""
+    rows = Block._rows
+    monkeypatch.setattr(Block, "_rows", lambda *given: list(rows(*given))[:-1])
+    assert engine.run_check("tiles", torch.device("cpu"))["problem"]
+    monkeypatch.undo()
+    again = Block._mlp_again
+    monkeypatch.setattr(Block, "_mlp_again", lambda *given: again(*given) * (1 + 2**-20))
+    assert engine.run_check("policies", torch.device("cpu"))["problem"] == "wrong"

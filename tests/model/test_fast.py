@@ -13,6 +13,7 @@ from fastsft.model.compat import CompatEngine
 from fastsft.model.context import StepContext
 from fastsft.model.fast import FastEngine
 from fastsft.model.lora import LoraLinear, add_adapters
+from fastsft.model.offload import Stash
 from fastsft.model.plan import Plan
 from fastsft.model.quant import NF4Linear
 from fastsft.model.spec import FAMILIES, NotFast, read_spec
@@ -178,6 +179,31 @@ def test_an_offloaded_block_leaves_nothing_behind():
         held.append(sum(sizes))
         assert engine.stash.host_bytes == layers * 27 * engine.spec.hidden * 4
     assert held[0] == held[1] > 0
+
+
+def test_an_input_comes_back_while_the_layer_behind_it_works(monkeypatch):
+    """Each is fetched once, one layer ahead of its use."""
+    order = []
+    for name in ("_fetch", "take"):
+        method = getattr(Stash, name)
+
+        def told(self, slot, name=name, method=method):
+            order.append((name, slot))
+            return method(self, slot)
+
+        monkeypatch.setattr(Stash, name, told)
+    engine = both("llama", num_hidden_layers=4)[1]
+    engine.plan = Plan(("offload", "keep", "offload", "offload"))
+    step(engine, [batch_of(documents())])
+    assert [slot for name, slot in order if name == "_fetch"] == [2, 1, 0]
+    assert order == [
+        ("take", 2),
+        ("_fetch", 2),
+        ("_fetch", 1),
+        ("take", 1),
+        ("_fetch", 0),
+        ("take", 0),
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "granite"])

@@ -10,7 +10,7 @@ from tiny_models import batch_of, documents
 
 from fastsft.model import host_weights
 from fastsft.model.fast import FastEngine
-from fastsft.model.host_weights import HostEmbedding, HostHead
+from fastsft.model.host_weights import HostEmbedding, HostHead, streamed_cross_entropy
 from fastsft.model.plan import Plan
 
 
@@ -44,6 +44,19 @@ def test_the_loss_and_every_gradient_are_those_on_the_device(family, head_rows):
         ours, theirs = hosted.evaluate(batch), plain.evaluate(batch)
         assert float(ours.loss_sum) == pytest.approx(float(theirs.loss_sum), rel=1e-12)
         assert int(ours.correct) == int(theirs.correct)
+
+
+def test_the_largest_logit_is_found_in_every_tile():
+    """Ninety words in three tiles; two of three rows are labelled with their largest logit."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator) for n in (60, 90))
+    labels = (hidden @ weight.t()).argmax(1)
+    assert labels.div(30, rounding_mode="floor").unique().numel() == 3
+    labels[::3] = (labels[::3] + 1) % 90
+    head = HostHead(weight, torch.device("cpu"))
+    loss, correct = streamed_cross_entropy(hidden, head, labels, chunk_rows=7)
+    wanted = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-5) and int(correct) == 40
 
 
 def test_one_of_the_two_alone():

@@ -95,6 +95,23 @@ def test_small_updates_are_not_lost():
     assert float(made[0].double().mean()) == pytest.approx(1 - 50 * 2.0**-8 / 100, abs=3e-4)
 
 
+def test_every_weight_and_every_update_is_rounded_by_numbers_of_its_own():
+    """Equal weights with equal gradients: what they round to differs, and between updates too."""
+    start = torch.full((4096,), 1.0).bfloat16()
+    made = [nn.Parameter(start.clone()) for _ in range(2)]
+    optimizer = rounded(config_of(weight_decay=0.0), made, [torch.zeros(4096)] * 2)
+    seen = []
+    for _ in range(2):
+        for weight, total in optimizer.weights:
+            weight.data.copy_(start)
+            total.fill_(1.0)
+        apply_update(optimizer, 2.0**-10, None)
+        seen += [weight.detach().clone() for weight, _ in optimizer.weights]
+    assert all(0 < int((w != start).sum()) < 4096 for w in seen)
+    pairs = [(0, 1), (0, 2), (1, 3), (2, 3)]
+    assert not any(torch.equal(seen[i], seen[j]) for i, j in pairs)
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing():
     made, gradients = weights((8, 8), (5,))
     gradients[1][2] = math.nan
