@@ -111,11 +111,12 @@ def make_room(run: Run, where: str, failure: torch.OutOfMemoryError) -> None:
     if planning is None or built.engine.name != "fast":
         raise failure
     run.optimizer.zero_grad(set_to_none=True)
+    now, then = planning.planned.plan, built.engine.plan  # type: ignore[union-attr]
+    tiles = (now.mlp_rows, now.head_rows) != (then.mlp_rows, then.head_rows)
+    same = "the same gradient, summed in another order" if tiles else "the gradient is the same"
     built.planning = planning
-    built.engine.plan = planning.planned.plan  # type: ignore[union-attr]
+    built.engine.plan = now  # type: ignore[union-attr]
     built.predicted_memory = planning.planned.memory.peak
     if run.layout.device.type == "cuda":
         torch.cuda.empty_cache()
-    run.console.warn(
-        f"memory ran out in {where}; from here on: {planning.planned.said()} (the gradient is the same)"
-    )
+    run.console.warn(f"memory ran out in {where}; from here on: {planning.planned.said()} ({same})")

@@ -109,7 +109,7 @@ class Block:
         whole = policy in ("keep", "recompute_mlp")
         kept = Kept(attention.total, attention if whole else None)
         del attention  # its tensors, unless they are kept, are free from here on
-        if not self._tiled(residual, mlp_rows):
+        if mlp_rows is None or mlp_rows >= residual.shape[0]:
             keys = self._keys(known)
             branch2, saved = self.mlp.forward(residual, branch1, keys, known, buffers)
             assert branch2 is not None
@@ -176,7 +176,7 @@ class Block:
         mlp_rows: int | None,
     ) -> Tensor:
         """Gradient of total2, the MLP made again."""
-        if not self._tiled(grad, mlp_rows):
+        if mlp_rows is None or mlp_rows >= grad.shape[0]:
             keys = self._keys(known)
             _, saved = self.mlp.forward(residual, branch1, keys, known, buffers, to_output=False)
             return self.mlp.backward(grad, saved, keys, known, buffers)
@@ -192,15 +192,11 @@ class Block:
     def _keys(self, known: Pass) -> Tensor:
         return known.last_keys if self.attention.last else known.keys
 
-    def _tiled(self, x: Tensor, mlp_rows: int | None) -> bool:
-        return mlp_rows is not None and mlp_rows < x.shape[0]
-
-    def _rows(self, x: Tensor, known: Pass, mlp_rows: int | None) -> Iterator[tuple[slice, Tensor]]:
-        """Tiles of x's rows, with dropout's keys; at least one tile."""
+    def _rows(self, x: Tensor, known: Pass, mlp_rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """Tiles of x's rows, with dropout's keys."""
         keys, n = self._keys(known), x.shape[0]
-        step = mlp_rows if self._tiled(x, mlp_rows) and mlp_rows is not None else max(n, 1)
-        for first in range(0, max(n, 1), step):
-            rows = slice(first, min(first + step, n))
+        for first in range(0, n, mlp_rows):
+            rows = slice(first, min(first + mlp_rows, n))
             yield rows, keys[rows]
 
 
