@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from fastsft_kernels.products import add_product
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastsft.model.offload import pin
-from fastsft.model.projection import add_product
 
 TILE = 8192  # rows of the head on the device at a time: 67 MB at 4096 numbers of bf16, and as much coming
 ROWS = 1024  # rows of hidden states: a piece of logits has 8 M numbers
@@ -193,5 +193,5 @@ def _gradient(
             p.scatter_add_(1, label, -inside.to(p.dtype)[:, None])
             p = p if slope is None else p.mul_(slope)
             p = p.mul_(scale).to(hidden.dtype)
-            add_product(dhidden[rows], p.t(), tile)
+            add_product(dhidden[rows], p, tile)
     return dhidden

@@ -29,6 +29,7 @@ import torch
 from fastsft_kernels import fused
 from fastsft_kernels.dropout import keep_scale
 from fastsft_kernels.fused import Adapters, NormedInput, PackEntry, StripDropout
+from fastsft_kernels.products import add_product
 from torch import Tensor, nn
 
 from fastsft.model.lora import LoraLinear
@@ -288,7 +289,7 @@ class Projection:
     def add_grad_weight(self, dy: Tensor, x: Tensor) -> None:
         """Adds dyᵀ · x, and the bias's, where the base trains. dy [T, N], x [T, >= K]."""
         if self.grad_w is not None:
-            add_product(self.grad_w, dy, x[:, : self.k])
+            add_product(self.grad_w, dy.t(), x[:, : self.k])
         if self.grad_bias is not None:
             self.grad_bias += dy.sum(0, dtype=self.grad_bias.dtype)
 
@@ -303,16 +304,6 @@ class Projection:
 
     def _scale(self, dropout: StripDropout | None) -> float:
         return self.scaling * (1.0 if dropout is None else keep_scale(dropout.p))
-
-
-def add_product(total: Tensor, dy: Tensor, x: Tensor) -> None:
-    """total [N, K] += dyᵀ [N, T] · x [T, K], in total's dtype."""
-    if total.dtype == dy.dtype:
-        total.addmm_(dy.t(), x)
-    elif total.device.type == "cpu":  # no product of half numbers with a float32 result there
-        total.addmm_(dy.t().to(total.dtype), x.to(total.dtype))
-    else:
-        torch.addmm(total, dy.t(), x, out_dtype=total.dtype, out=total)
 
 
 def _joined_bias(bases: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor | None:

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from fastsft_kernels import cross_entropy, linear_cross_entropy
 from fastsft_kernels.fused import cross_entropy_
+from fastsft_kernels.products import add_product
+from fastsft_kernels.reference.fused_cross_entropy import accumulator
 from torch.autograd import gradcheck
 
 T, H, V = 37, 12, 50
@@ -255,3 +257,17 @@ def test_backward_twice():
     second = torch.autograd.grad(loss, [hidden, weight])
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, 2 * b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_product_is_added_in_the_dtype_of_the_sum(dtype):
+    a, b = (torch.randn(n, dtype=dtype) for n in ((5, 3), (3, 7)))
+    wide = accumulator(dtype)
+    total = torch.full((5, 7), torch.nan, dtype=wide)
+    add_product(total, a, b, first=True)
+    torch.testing.assert_close(total, a.to(wide) @ b.to(wide))
+    add_product(total, a, b)
+    torch.testing.assert_close(total, 2 * (a.to(wide) @ b.to(wide)))
+    shape = total.to("meta")  # where a launch is recorded
+    add_product(shape, a.to("meta"), b.to("meta"))
+    assert (shape.shape, shape.dtype) == ((5, 7), wide)

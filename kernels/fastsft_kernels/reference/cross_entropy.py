@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from fastsft_kernels.checks import compute_dtype
 from fastsft_kernels.fused.cross_entropy import RowLosses
+from fastsft_kernels.products import add_product
 from fastsft_kernels.reference.fused_cross_entropy import accumulator, cross_entropy_
 
 _CPU_PIECE = 1 << 20  # logits at a time on a CPU, where a piece should stay in the cache
@@ -251,22 +252,9 @@ def _head(
         if dhidden is not None:
             torch.mm(logits, weight, out=dhidden[at])
         if dweight is not None:
-            _add_product(dweight, logits.t(), h, first=i == 0)
+            add_product(dweight, logits.t(), h, first=i == 0)
     joined = _joined(losses)
     return _Head(joined.loss, joined.correct.sum(), dhidden, dweight)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a b, summed in the dtype of `total`, whose former content the first one replaces."""
-    beta = 0 if first else 1
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
-    elif total.device.type != "cpu":
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    elif first:  # CPUs have no product of 16-bit matrices with a 32-bit result
-        total.copy_(a @ b)
-    else:
-        total += a @ b
 
 
 def _scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:

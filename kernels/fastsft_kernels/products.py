@@ -1,0 +1,22 @@
+"""A matrix product added to a sum of wider numbers, on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
+    """total [N, K] += a [N, T] · b [T, K], summed in total's dtype; the first one replaces its content.
+
+    a and b share a dtype, total's or a narrower one.
+    """
+    beta = 0 if first else 1
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.device.type in ("cpu", "meta"):
+        # CPUs have no product of 16-bit matrices with a 32-bit result, and torch 2.11 no `out_dtype`
+        # for meta tensors.
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
