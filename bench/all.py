@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         work = ["--work", str(Path(folder).resolve() / "work")]  # so that weights are made once
         for name in COMMANDS if torch.cuda.is_available() else COMMANDS[1:]:
             options = [*to, *(["--quick"] if given.quick else [])]
-            options += ["--limit", str(given.limit)] if given.limit and name != "gpu" else []
+            options += ["--limit", str(given.limit)] if given.limit else []
             options += work if name in ("train", "context", "quality") else []
             if not _ran(name, options):
                 failed.append(name)

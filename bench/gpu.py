@@ -1,6 +1,6 @@
 """Every kernel checked, then measured against its limit and its peers: one command for a GPU.
 
-    python -m bench.gpu [--ops a,b] [--quick] [--search] [--out DIR]
+    python -m bench.gpu [--ops a,b] [--quick | --defaults] [--search] [--limit SECONDS] [--out DIR]
 
 Each case of `bench.kernels` is first checked in every pinned configuration and dtype (`bench.check`):
 what is wrong is reported, not timed, and makes the exit code 1. Then the inputs of the record are
@@ -8,7 +8,9 @@ timed, ours and every peer that is installed, beside the card's own copy and mat
 in the same run. Rows go to DIR/<card>/kernels.json, where DIR is bench/results on a GPU.
 
 --search also times every configuration, and writes the fastest into the package's choices.json.
---quick checks and times the defaults alone, in the dtype of the record, without peers.
+--defaults checks the default configurations alone, in the dtype of the record, and times them and the
+peers; --quick does without the record's shape in the check, and without peers. --limit begins no case
+after that time: cases come in order of worth, and the same command goes on where it ended.
 
 On a machine without a GPU the same path runs on a CPU, where small inputs are timed and figures mean
 nothing: through the reference, or through Triton's interpreter where TRITON_INTERPRET=1 is set.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import os
 import sys
 import time
@@ -29,11 +32,12 @@ from typing import Any
 import torch
 from fastsft_kernels.limits import Work
 
-from bench import choices, ledger, limits, timing
+from bench import choices, ledger, limits, timing, worth
 from bench.check import check, configurations_of, dtypes, running, tensors, values
 from bench.kernels import find
 from bench.kernels.case import Case
 from bench.ledger import Ledger
+from fastsft.device import grow_segments
 
 
 class Inputs:
@@ -71,29 +75,44 @@ def time_case(
     """Adds a row for ours and each peer; with --search one for each configuration too."""
     try:
         inputs = Inputs(book, case, dtype, overwritten)
-    except torch.cuda.OutOfMemoryError:
-        book.add(_key(case, dtype, "time") | {"who": "fastsft", "error": "out of memory"})
+        work = case.work(*inputs.pristine)
+    except Exception as error:  # out of memory, for one: it is this case's row
+        book.add(_key(case, dtype, "time") | {"who": "fastsft", "error": _said(error)})
         return
-    work = case.work(*inputs.pristine)
 
-    def ours(*tensors: Any) -> Callable[[], Any]:
-        return partial(case.run, *tensors)
-
-    everyone = {"fastsft": ours} | ({} if given.quick else dict(case.peers))
+    everyone = {"fastsft": _ours(case)} | ({} if given.quick else dict(case.peers))
     for who, factory in everyone.items():
         key = _key(case, dtype, "time") | {"who": who}
         if not book.find(**key):
             with running({}):
                 book.add(key | _timed(book, inputs, factory, work, given.quick))
-    if not given.search:
+    if given.search:
+        _search(book, case, dtype, inputs, work, given.quick)
+
+
+def _search(
+    book: Ledger, case: Case, dtype: torch.dtype, inputs: Inputs, work: Work, quick: bool
+) -> None:
+    """Adds a row for each configuration, where there is more than one."""
+    try:
+        every = configurations_of(book, case, dtype, "record" if book.on_gpu else "small")
+    except Exception as error:  # it is this case's row
+        book.add(_key(case, dtype, "search") | {"error": _said(error)})
         return
-    every = configurations_of(book, case, dtype, "record" if book.on_gpu else "small")
     for one in every if len(every) > 1 else []:
         key = _key(case, dtype, "search") | {"choice": one.label}
         if not book.find(**key):
             with running(one.choice):
-                measured = _timed(book, inputs, ours, work, given.quick)
+                measured = _timed(book, inputs, _ours(case), work, quick)
             book.add(key | {"name": one.name, "candidate": one.candidate} | measured)
+
+
+def _ours(case: Case) -> Callable[..., Callable[[], Any]]:
+    return lambda *inputs: partial(case.run, *inputs)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _key(case: Case, dtype: torch.dtype, kind: str) -> dict[str, Any]:
@@ -111,7 +130,7 @@ def _timed(
         found = timing.measure(calls, book.device, _budget(book, quick), restore)
         peak = timing.peak_bytes(calls[0], book.device)
     except Exception as error:  # a peer that is missing or fails is a row that says so
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        return {"error": _said(error)}
     row = found._asdict() | {"peak_bytes": peak} | work._asdict()
     row["gb_per_s"] = (work.bytes + work.unhidden) / found.p50 / 1e9
     row["tflop_per_s"] = work.flops / found.p50 / 1e12
@@ -150,7 +169,10 @@ def measure_card(book: Ledger, quick: bool) -> None:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", default="", help="comma-separated; all by default")
-    parser.add_argument("--quick", action="store_true", help="defaults alone, no peers")
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument("--quick", action="store_true", help="defaults alone, no peers")
+    depth.add_argument("--defaults", action="store_true", help="defaults alone, and peers")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds it may take")
     parser.add_argument("--search", action="store_true", help="time every configuration")
     parser.add_argument("--out", type=Path, help="a folder for the rows")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32, help="of the inputs")
@@ -162,32 +184,46 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     given = arguments(argv)
     began = time.monotonic()
-    cases = find([o for o in given.ops.split(",") if o], given.cases)
+    ends = began + given.limit
+    grow_segments()
+    cases = worth.by_worth(find([o for o in given.ops.split(",") if o], given.cases))
     book = ledger.opened(given.out)
     book.about["seed"] = given.seed
     if book.on_gpu:
-        precompile(book, cases, given.quick)
+        precompile(book, cases, given.quick or given.defaults)
     measure_card(book, given.quick)
-    failed = 0
+    failed = done = 0
     for case in cases:
+        if time.monotonic() >= ends:
+            print(f"{given.limit:.0f} s are over; the same command goes on from here")
+            break
+        done += 1
         if f"{case.op} {case.label}" in given.skip:
             book.add(_key(case, case.dtypes[0], "check") | {"problem": "ended the process"})
             failed += 1
             continue
-        torch.manual_seed(given.seed)
-        right, overwritten = check(book, case, given.quick)
-        dtype = case.dtypes[0] if book.on_gpu else dtypes(book, case, given.quick)[0]
-        if right:
-            time_case(book, case, dtype, overwritten, given)
-        row = book.find(**_key(case, dtype, "time"), who="fastsft") if right else None
+        row = measure_case(book, case, given)
         failed += row is None or "error" in row
         print(f"{case.op} {case.label}: {_outcome(row)}", flush=True)
         if book.on_gpu:
-            _go_on(case, argv if argv is not None else sys.argv[1:])
+            left = ["--limit", str(max(0.0, ends - time.monotonic()))]
+            _go_on(case, [*(sys.argv[1:] if argv is None else argv), *left])
     if given.search and book.path and book.path.is_relative_to(ledger.RESULTS):
         choices.write()
-    print(f"{len(cases)} cases in {time.monotonic() - began:.0f} s, {failed} failed")
+    print(f"{done} of {len(cases)} cases in {time.monotonic() - began:.0f} s, {failed} failed")
     return 1 if failed else 0
+
+
+def measure_case(book: Ledger, case: Case, given: argparse.Namespace) -> dict[str, Any] | None:
+    """Checks a case, and times it where it is right; the row of its time, or None."""
+    torch.manual_seed(given.seed)
+    right, overwritten = check(book, case, given.quick, given.defaults)
+    if not right:
+        return None
+    fewer = given.quick or given.defaults
+    dtype = case.dtypes[0] if book.on_gpu else dtypes(book, case, fewer)[0]
+    time_case(book, case, dtype, overwritten, given)
+    return book.find(**_key(case, dtype, "time"), who="fastsft")
 
 
 def _go_on(case: Case, argv: list[str]) -> None:

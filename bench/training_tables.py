@@ -33,8 +33,15 @@ def speed(rows: Sequence[Row]) -> str:
             ratio = f"{ours['tokens_per_second'] / row['tokens_per_second']:.2f}x" if ours else ""
             spread = f"{row['p20']:,.0f} to {row['p80']:,.0f}"
             speed = f"{row['tokens_per_second']:,.0f}"
-            lines.append([*what, speed, spread, _gib(row, "peak_reserved_bytes"), ratio])
-    head = ["training", "trainer", "real tokens/s", "p20 to p80", "peak memory", "fastsft is"]
+            lines.append([*what, speed, spread, _memory(row), ratio])
+    head = [
+        "training",
+        "trainer",
+        "real tokens/s",
+        "p20 to p80",
+        "allocated, reserved",
+        "fastsft is",
+    ]
     return markdown(head, lines) + _seconds(rows)
 
 
@@ -51,7 +58,8 @@ def engine(rows: Sequence[Row]) -> str:
             f"{r['model']}, {r['method']}, {r['tokens']:,} tokens",
             r["policy"],
             f"{r['predicted_bytes'] / 1e9:.2f}",
-            f"{r['measured_bytes'] / 1e9:.2f}" if "measured_bytes" in r else r["problem"],
+            f"{r['allocated_bytes'] / 1e9:.2f}" if "allocated_bytes" in r else r["problem"],
+            f"{r['reserved_bytes'] / 1e9:.2f}" if "reserved_bytes" in r else "",
             f"{r['off']:+.1%}" if "off" in r else "",
             f"{r['tokens_per_second']:,.0f}" if "tokens_per_second" in r else "",
         ]
@@ -60,7 +68,8 @@ def engine(rows: Sequence[Row]) -> str:
     ]
     if not lines:
         return f"{text}\nPredicted against measured memory: {NOT_MEASURED}.\n"
-    head = ["memory of a step", "policy", "predicted GB", "measured GB", "off by", "tokens/s"]
+    head = ["memory of a step", "policy", "predicted GB", "allocated GB", "reserved GB"]
+    head += ["off by", "tokens/s"]
     return f"{text}\n{markdown(head, lines)}"
 
 
@@ -107,6 +116,13 @@ def training(rows: Sequence[Row]) -> str:
 
 def _gib(row: Row, name: str) -> str:
     return f"{row[name] / GIB:.1f} GiB" if name in row else NOT_MEASURED
+
+
+def _memory(row: Row) -> str:
+    """Peaks of the allocator: what tensors held, and what it took from the card."""
+    if "peak_reserved_bytes" not in row:
+        return NOT_MEASURED
+    return f"{_gib(row, 'peak_allocated_bytes')}, {_gib(row, 'peak_reserved_bytes')}"
 
 
 def _reserved(row: Row) -> str:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from bench import report
+from bench import report, training_tables
 
 CARD = "NVIDIA Test"
 ABOUT = {"card": "A CPU", "driver": "", "cores": 2, "versions": {"torch": "2", "trl": "1"}}
@@ -94,7 +94,7 @@ def test_what_was_not_measured_says_so(tmp_path):
 def test_a_card_s_figures_come_before_a_cpu_s(results):
     said = report.block(results)
     assert said.index("### NVIDIA Test") < said.index("A CPU, 2 cores; torch 2, trl 1; commit abc.")
-    assert "| fastsft | 9,000 | 8,100 to 9,900 | 1.5 GiB | 1.00x |" in said
+    assert "| fastsft | 9,000 | 8,100 to 9,900 | 1.0 GiB, 1.5 GiB | 1.00x |" in said
     assert "| trl | 4,500 | 4,050 to 4,950 | not measured | 2.00x |" in said
     assert "| unsloth | failed: ImportError: none |" in said
     assert "| fastsft | 700 | 630 to 770 | not measured | 1.00x |" in said
@@ -126,3 +126,11 @@ def test_pictures_are_drawn_of_what_there_is(results):
         assert f"![](results/nvidia-test/{name})" in said
     assert (results / "cpu" / "tokens.png").exists()
     assert not (results / "cpu" / "curves.png").exists() and "cpu/curves.png" not in said
+
+
+def test_memory_of_the_engine_shows_reserved_beside_allocated():
+    key = {"kind": "memory", "model": "m", "method": "lora", "policy": "keep", "tokens": 16384}
+    found = {"predicted_bytes": 20e9, "allocated_bytes": 18e9, "reserved_bytes": 21e9, "off": 0.05}
+    said = training_tables.engine([key | found | {"tokens_per_second": 9.0}])
+    assert "| predicted GB | allocated GB | reserved GB | off by |" in said
+    assert "| keep | 20.00 | 18.00 | 21.00 | +5.0% | 9 |" in said

@@ -3,11 +3,14 @@
 "4k": two documents of 4096 tokens. "ragged": 200 documents from 20 to 4000 tokens, as many of any
 size as of twice that size, 150k tokens in all. Peers run on the same packs: torch's varlen_attn
 and FlashAttention read cu_seqlens, scaled_dot_product_attention takes document after document.
+A torch whose varlen_attn knows no grouped queries gets K and V expanded before it is timed, and the
+name of that peer says so.
 The backward's lse and delta are what random inputs give on average, so that no forward is needed.
 """
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable
 from functools import partial
@@ -81,7 +84,7 @@ def _forward(label: str, lengths: tuple[int, ...], shape: Shape) -> Case:
             *(lengths, q.shape[1], k.shape[1], q.shape[2], q.element_size()),
             *(options.causal, options.window),
         ),
-        peers={name: partial(_forward_peer, make) for name, make in _peers(shape).items()},
+        peers={name: partial(_forward_peer, peer) for name, peer in _peers(shape).items()},
     )
 
 
@@ -97,7 +100,7 @@ def _backward(label: str, lengths: tuple[int, ...], shape: Shape) -> Case:
             *(lengths, q.shape[1], k.shape[1], q.shape[2], q.element_size()),
             *(options.causal, options.window),
         ),
-        peers={name: partial(_backward_peer, make) for name, make in _peers(shape).items()},
+        peers={name: partial(_backward_peer, peer) for name, peer in _peers(shape).items()},
     )
 
 
@@ -181,15 +184,35 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Maker = Callable[[Tensor, AttentionOptions, tuple[int, ...]], Attend]
 
 
-def _peers(shape: Shape) -> dict[str, Maker]:
+class Peer(NamedTuple):
+    """expanded: gets a head of K and V for each of Q, made before anything is timed."""
+
+    make: Maker
+    expanded: bool = False
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        if not self.expanded:
+            return q, k, v
+        return q, *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+
+
+def _peers(shape: Shape) -> dict[str, Peer]:
     """Those that can do what the shape asks; without the soft-cap nobody's time would compare."""
+    others = {"flash_attn": Peer(_flash_attn), "torch per document": Peer(_per_document)}
     if shape.softcap:
-        return {"flash_attn": _flash_attn, "torch per document": _per_document}
-    return {
-        "torch varlen_attn": _varlen_attn,
-        "flash_attn": _flash_attn,
-        "torch per document": _per_document,
-    }
+        return others
+    expanded = shape.heads != shape.groups and not _knows_groups()
+    name = "torch varlen_attn" + (", K and V expanded" if expanded else "")
+    return {name: Peer(_varlen_attn, expanded)} | others
+
+
+def _knows_groups() -> bool:
+    """Whether torch's varlen_attn takes fewer heads of K and V than of Q; 2.11's does not."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # the peer's row will say so
+        return True
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _varlen_attn(cu: Tensor, options: AttentionOptions, lengths: tuple[int, ...]) -> Attend:
@@ -197,9 +220,8 @@ def _varlen_attn(cu: Tensor, options: AttentionOptions, lengths: tuple[int, ...]
 
     sides = ((options.window or 0) - 1, 0) if options.causal else (-1, -1)
     n = options.max_seqlen
-    return lambda q, k, v: varlen_attn(
-        q, k, v, cu, cu, n, n, window_size=sides, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    more = {"enable_gqa": True} if _knows_groups() else {}
+    return lambda q, k, v: varlen_attn(q, k, v, cu, cu, n, n, window_size=sides, **more)
 
 
 def _flash_attn(cu: Tensor, options: AttentionOptions, lengths: tuple[int, ...]) -> Attend:
@@ -221,7 +243,7 @@ def _per_document(cu: Tensor, options: AttentionOptions, lengths: tuple[int, ...
 
 
 def _forward_peer(
-    make: Maker,
+    peer: Peer,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -229,14 +251,14 @@ def _forward_peer(
     options: AttentionOptions,
     lengths: tuple[int, ...],
 ) -> Callable[[], Any]:
-    attend = make(cu, options, lengths)
-    return lambda: attend(q, k, v)
+    attend, inputs = peer.make(cu, options, lengths), peer.inputs(q, k, v)
+    return lambda: attend(*inputs)
 
 
-def _backward_peer(make: Maker, do: Tensor, *inputs: Any) -> Callable[[], Any]:
+def _backward_peer(peer: Peer, do: Tensor, *inputs: Any) -> Callable[[], Any]:
     q, k, v, _, _, cu, options, lengths = inputs
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    o = make(cu, options, lengths)(*leaves)
+    leaves = [x.detach().requires_grad_() for x in peer.inputs(q, k, v)]
+    o = peer.make(cu, options, lengths)(*leaves)
     return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
 
 

@@ -128,7 +128,10 @@ def told(row: dict[str, Any]) -> str:
     parts += [f"mfu {row['mfu']:.0%}"] if "mfu" in row else []
     parts.append(f"first step after {row['first_step_seconds']:.1f} s")
     if "peak_reserved_bytes" in row:
-        parts.append(f"{row['peak_reserved_bytes'] / 2**30:.1f} GiB")
+        allocated, reserved = (
+            row[f"peak_{name}_bytes"] / 2**30 for name in ("allocated", "reserved")
+        )
+        parts.append(f"{allocated:.1f} GiB allocated, {reserved:.1f} reserved")
     parts.append(f"loss {row['first_loss']:.3f} to {row['last_loss']:.3f}")
     return ", ".join(parts)
 

@@ -81,6 +81,10 @@ def prepare(job: Job) -> dict[str, Any]:
 
 def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
+    if job.who in TRAINERS and TRAINERS[job.who][0] == "ours":
+        from fastsft.device import grow_segments
+
+        grow_segments()  # before anything starts CUDA, as `fastsft train` does
     if job.task in ("model", "rates"):
         say(prepare(job))
         return

@@ -1,12 +1,16 @@
 """The benchmark's own path, on a CPU: what is wrong is not timed, what was measured is kept."""
 
+import dataclasses
 import json
 
+import bench_toys
 import pytest
 import torch
 from kernel_checks import randn
 
-from bench import accuracy, choices, gpu, timing
+from bench import accuracy, choices, gpu, kernels, timing, worth
+from bench import check as check_module
+from bench.kernels import attention
 from bench.limits import Work
 
 TOYS = ["--cases", "bench_toys"]
@@ -180,3 +184,115 @@ def test_on_a_gpu_the_device_sleeps_while_the_host_enqueues(monkeypatch):
     found = timing.measure(calls, torch.device("cuda"), 0.0)
     assert found.p50 == pytest.approx(2e-3)
     assert log[6:] == ["sleep", "event", "call", "call", "call", "event", "wait"] * 3
+
+
+def broken(x):
+    raise ZeroDivisionError("in the recording" if x.device.type == "meta" else "in the run")
+
+
+def test_a_case_that_cannot_be_recorded_is_a_row(tmp_path, monkeypatch):
+    first, *_, last = bench_toys.cases()
+    first = dataclasses.replace(first, run=broken)
+    monkeypatch.setattr(bench_toys, "cases", lambda: [first, last])
+    found = run(tmp_path, *TOYS)
+    assert found[0] == 1
+    problems = {r["problem"] for r in of(found, op="right")}
+    assert problems == {"ZeroDivisionError: in the recording"}
+    assert of(found, kind="time", op="in_place", who="fastsft")
+
+
+def test_inputs_or_work_that_fail_are_a_row(tmp_path, monkeypatch):
+    first, *_, last = bench_toys.cases()
+    first = dataclasses.replace(first, work=lambda x: 1 // 0)
+    monkeypatch.setattr(bench_toys, "cases", lambda: [first, last])
+    code, found = run(tmp_path, *TOYS, "--search")
+    assert code == 1
+    (row,) = of((code, found), kind="time", op="right")
+    assert row["error"].startswith("ZeroDivisionError")
+    assert of((code, found), kind="time", op="in_place", who="fastsft")
+
+
+def test_defaults_are_one_configuration_in_one_dtype_and_peers(tmp_path):
+    found = run(tmp_path, *TOYS, "--ops", "right,wrong", "--defaults")
+    assert found[0] == 0, "wrong in a configuration that is not the default"
+    checks = of(found, kind="check", op="right")
+    assert [(r["dtype"], r["choice"]) for r in checks] == [("float32", "")]
+    assert {r["who"] for r in of(found, kind="time", op="right")} == {"fastsft", "torch", "peer"}
+
+
+def test_a_limit_ends_between_cases_and_the_next_run_goes_on(tmp_path, monkeypatch, capsys):
+    now = iter(range(1000))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(now))  # a second each time it is asked
+    found = run(tmp_path, *TOYS, "--ops", "right,in_place", "--limit", "2")
+    assert found[0] == 0 and of(found, op="right") and not of(found, op="in_place")
+    assert "2 s are over" in capsys.readouterr().out
+    checks = of(found, kind="check")
+    checked = []
+    verdicts = check_module._verdicts
+    monkeypatch.setattr(
+        check_module,
+        "_verdicts",
+        lambda *given: checked.append((given[1].op, len(given[-1]))) or verdicts(*given),
+    )
+    found = run(tmp_path, *TOYS, "--ops", "right,in_place")
+    assert [n for op, n in checked if op == "right"] == [0, 0], "checked again"
+    assert of(found, kind="check", op="right") == checks and of(found, kind="time", op="in_place")
+
+
+def test_what_is_overwritten_is_known_without_a_second_check(tmp_path):
+    run(tmp_path, *TOYS, "--ops", "in_place")
+    (path,) = tmp_path.glob("*/kernels.json")
+    kept = json.loads(path.read_text())
+    kept["rows"] = [r for r in kept["rows"] if r["kind"] != "time"]
+    path.write_text(json.dumps(kept))
+    found = run(tmp_path, *TOYS, "--ops", "in_place")
+    (ours,) = of(found, kind="time", who="fastsft")
+    assert "p50" in ours  # restored: the case raises where its input has grown
+
+
+def test_what_decides_a_step_comes_first():
+    ordered = worth.by_worth(kernels.find())
+    names = [f"{case.op} {case.label}" for case in ordered]
+    assert names[0] == "varlen_attention forward 4k D 128"
+    assert names[1] == "varlen_attention backward 4k D 128"
+    for op, label in worth.WORTH:  # a name that no case has any more would order nothing
+        assert any(name.startswith(f"{op} {label}") for name in names), (op, label)
+    assert names.index("lora_linear forward 8192x4096->14336 R 16") < names.index(
+        "varlen_attention forward 4k D 64"
+    )
+
+
+@pytest.mark.parametrize("groups_known", [True, False])
+def test_torch_s_attention_gets_what_its_version_takes(groups_known, monkeypatch):
+    seen = []
+
+    def new(q, k, v, cu_q, cu_k, n_q, n_k, *, window_size=(-1, -1), enable_gqa=False):
+        seen.append((q.shape[1], k.shape[1], v.shape[1], enable_gqa))
+        return q * k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+    def old(q, k, v, cu_q, cu_k, n_q, n_k, *, window_size=(-1, -1)):
+        seen.append((q.shape[1], k.shape[1], v.shape[1], False))
+        return q * k + 0 * v
+
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", new if groups_known else old)
+    cases = {case.label: case for case in attention.cases()}
+    name = "torch varlen_attn" + ("" if groups_known else ", K and V expanded")
+    case = cases["forward 4k D 128"]
+    assert [peer for peer in case.peers if "varlen" in peer] == [name]
+    inputs = case.small(torch.device("cpu"), torch.float32)
+    q, k = inputs[:2]
+    out = case.peers[name](*inputs)()
+    ratio = q.shape[1] // k.shape[1]
+    assert ratio == 4
+    torch.testing.assert_close(out, q * k.repeat_interleave(ratio, 1))
+    heads = k.shape[1] if groups_known else q.shape[1]
+    assert seen == [(q.shape[1], heads, heads, groups_known)]
+    back = cases["backward 4k D 128"]
+    given = back.small(torch.device("cpu"), torch.float32)
+    if not groups_known:  # the fake of the other has no gradient for V
+        dq, dk, dv = back.peers[name](*given)()
+        assert dq.shape == dk.shape == dv.shape == given[1].shape
+    equal = cases["forward 4k D 96, not causal, no list"]
+    assert "torch varlen_attn" in equal.peers  # as many heads: nothing to expand
