@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsft_kernels.fused.strips import Adapters
+from fastsft_kernels.integers import cdiv
 from fastsft_kernels.launch import launch, pinned
 from fastsft_kernels.triton_ops.attention_tiles import padded
 from fastsft_kernels.triton_ops.philox import keep_mask, mask_arguments
@@ -36,7 +37,7 @@ def attention_delta(o: Tensor, do: Tensor, *, adapters: Adapters | None = None) 
     config = _config(name, o)
     launch(
         _delta,
-        (triton.cdiv(tokens, config["BM"]) * heads,),
+        (cdiv(tokens, config["BM"]) * heads,),
         *(o, do, delta, (o.stride(0), o.stride(1), do.stride(0), do.stride(1)), tokens, *term),
         HEADS=heads,
         D=size,

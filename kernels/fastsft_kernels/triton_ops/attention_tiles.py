@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastsft_kernels.attention import LARGEST_HEAD
 from fastsft_kernels.fused.attention import BLOCK_ROWS, AttentionOptions
+from fastsft_kernels.integers import next_power_of_2
 from fastsft_kernels.launch import capability, pinned
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -61,7 +62,7 @@ def configuration(
 def padded(q: Tensor) -> int:
     """The head size of q as the kernels see it: a power of two, at least 16 as tl.dot wants."""
     assert q.shape[2] <= LARGEST_HEAD
-    return max(16, triton.next_power_of_2(q.shape[2]))
+    return max(16, next_power_of_2(q.shape[2]))
 
 
 def score_scale(q: Tensor, options: AttentionOptions) -> float:

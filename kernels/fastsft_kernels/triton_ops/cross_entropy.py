@@ -40,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsft_kernels.fused.cross_entropy import RowLosses
+from fastsft_kernels.integers import cdiv
 from fastsft_kernels.launch import capability, launch, pinned
 from fastsft_kernels.reference.cross_entropy import CrossEntropy, LossOptions, linear_loss
 
@@ -101,8 +102,8 @@ def _chunk_rows(vocabulary: int) -> int:
 
 def _even_chunk(rows: int, most: int) -> int:
     """`rows` in as few chunks of at most `most` as it takes, none of them small, in whole tiles."""
-    even = triton.cdiv(rows, max(triton.cdiv(rows, most), 1))
-    return min(triton.cdiv(max(even, 1), _TILE_ROWS) * _TILE_ROWS, most)
+    even = cdiv(rows, max(cdiv(rows, most), 1))
+    return min(cdiv(max(even, 1), _TILE_ROWS) * _TILE_ROWS, most)
 
 
 def cross_entropy_(

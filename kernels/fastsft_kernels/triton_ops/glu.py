@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastsft_kernels.integers import cdiv
 from fastsft_kernels.launch import launch, pinned
 
 
@@ -73,7 +74,7 @@ def glu_forward(
     (tokens, features), config = gate.shape, pinned("glu_forward", _shapes(gate), gate)
     launch(
         _forward,
-        (triton.cdiv(tokens, config["BM"]) * triton.cdiv(features, config["BN"]),),
+        (cdiv(tokens, config["BM"]) * cdiv(features, config["BN"]),),
         *(gate, up, out, tokens, features, gate.stride(0), up.stride(0), out.stride(0)),
         ACTIVATION=activation,
         **config,
@@ -94,7 +95,7 @@ def backward_rows(
     (tokens, features), config = gate.shape, pinned("glu_backward", _shapes(gate), gate)
     launch(
         _backward,
-        (triton.cdiv(tokens, config["BM"]) * triton.cdiv(features, config["BN"]),),
+        (cdiv(tokens, config["BM"]) * cdiv(features, config["BN"]),),
         *(dh, gate, up, dgate, dup, h, tokens, features),
         *(0 if x is None else x.stride(0) for x in (dh, gate, up, dgate, dup, h)),
         ACTIVATION=activation,

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fastsft_kernels.fused.glu import GluGradients
 from fastsft_kernels.fused.strips import Adapters
+from fastsft_kernels.integers import cdiv, next_power_of_2
 from fastsft_kernels.launch import capability, launch, multiprocessors, pinned
 from fastsft_kernels.triton_ops.glu import activate, backward_rows, new_like, rows_contiguous
 from fastsft_kernels.triton_ops.philox import keep_mask, mask_arguments
@@ -98,12 +99,12 @@ def _launch(
     tail_rank = next((t.shape[1] for t in tails if t is not None), 0)
     config, chunk, piece = _config(gate, max(down_rank, tail_rank), dropout is not None)
     slots = config.pop("PER_SM") * multiprocessors(gate)
-    blocks, steps = triton.cdiv(features, config["BF"]), triton.cdiv(tokens, config["BM"])
+    blocks, steps = cdiv(features, config["BF"]), cdiv(tokens, config["BM"])
     sizes = [0 if x is None else x.numel() for x in sums]
     # A slice writes its sums and has them read again; all slices together move five matrices.
     cost = 8 * sum(sizes) / (5 * gate.element_size() * max(gate.numel(), 1))
-    each = max(1, triton.cdiv(steps, _slices(blocks, steps, slots, cost)))
-    splits = max(1, triton.cdiv(steps, each))
+    each = max(1, cdiv(steps, _slices(blocks, steps, slots, cost)))
+    splits = max(1, cdiv(steps, each))
     partials = None if splits == 1 else _float32(gate, splits, sum(sizes))
     into = sums if partials is None else _parts(partials, sums)
     rows = tuple(0 if x is None else x.stride(0) for x in (*matrices, d, a, *tails))
@@ -129,13 +130,13 @@ def _launch(
         )
     if partials is not None:
         reduced = pinned("glu_backward_reduce", [{"BN": 512, "num_warps": 4}], gate)
-        grid = (triton.cdiv(max(sizes), reduced["BN"]), 3)
+        grid = (cdiv(max(sizes), reduced["BN"]), 3)
         launch(_add_up, grid, partials, *sums, splits, *sizes, ADD=add, **reduced)
 
 
 def _power(rank: int) -> int:
     """The width of a tile that holds `rank` columns: a product's sides are 16 at least."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, next_power_of_2(rank))
 
 
 def _parts(partials: Tensor, sums: Sums) -> Sums:

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from fastsft_kernels.checks import compute_dtype
 from fastsft_kernels.dropout import DropoutKey, keep_scale, random_key
 from fastsft_kernels.fused.strips import StripDropout
+from fastsft_kernels.integers import cdiv, next_power_of_2
 from fastsft_kernels.launch import launch, pinned, variant
 from fastsft_kernels.nf4 import NF4Weight, nf4_dequantize
 from fastsft_kernels.triton_ops.lora_gemm import lora_gemm
@@ -165,10 +166,10 @@ def add_masked(dx: Tensor, d: Tensor, a: Tensor, dropout: StripDropout) -> Tenso
     )
     launch(
         _add_masked,
-        (triton.cdiv(rows, config["BM"]), triton.cdiv(k, config["BN"])),
+        (cdiv(rows, config["BM"]), cdiv(k, config["BN"])),
         *(dx, d, a, rows, k, rank, dx.stride(0), d.stride(0), a.stride(0)),
         *mask_arguments(dropout),
-        BR=min(64 if half else 16, max(16, triton.next_power_of_2(rank))),
+        BR=min(64 if half else 16, max(16, next_power_of_2(rank))),
         **config,
     )
     return dx

@@ -30,6 +30,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastsft_kernels.fused.strips import StripDropout
+from fastsft_kernels.integers import cdiv, next_power_of_2
 from fastsft_kernels.launch import capability, launch, pinned, shared_memory
 from fastsft_kernels.triton_ops.philox import keep_mask, mask_arguments
 
@@ -68,7 +69,7 @@ def lora_gemm(
     out = left.new_empty(m, n)
     launch(
         _gemm,
-        (triton.cdiv(m, bm) * triton.cdiv(n, bn),),
+        (cdiv(m, bm) * cdiv(n, bn),),
         *(*sides, out, tail, factor, bias, m, n, k, rank, left.stride(0), right.stride(0)),
         *(0 if matrix is None else matrix.stride(0) for matrix in (tail, factor)),
         *mask_arguments(dropout),
@@ -76,7 +77,7 @@ def lora_gemm(
         DESCRIPTORS=descriptors,
         DROPOUT=masked,
         EVEN_K=k % bk == 0,
-        BR=0 if rank == 0 else min(bk, max(16, triton.next_power_of_2(rank))),
+        BR=0 if rank == 0 else min(bk, max(16, next_power_of_2(rank))),
         **config,
     )
     return out

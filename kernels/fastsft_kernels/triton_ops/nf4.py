@@ -42,6 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsft_kernels.integers import cdiv, next_power_of_2
 from fastsft_kernels.launch import launch, pinned
 from fastsft_kernels.nf4_format import NESTED_BLOCK_SIZE, NF4Weight, dynamic_code, nf4_code
 
@@ -72,7 +73,7 @@ def _decode(weights: Sequence[NF4Weight], out: Tensor, tail: int, b: Tensor | No
     config = dict(pinned("nf4_dequantize_tile", _DECODE, out))
     tile = config.pop("TILE")
     wide = _tile_columns(columns, tile)
-    high, across = tile // wide, triton.cdiv(columns, wide)
+    high, across = tile // wide, cdiv(columns, wide)
     # Words of eight codes, where each lies within a row and begins at a multiple of four bytes.
     unit = 8 if columns % 8 == 0 and all(w.packed.data_ptr() % 4 == 0 for w in weights) else 1
     nested = weights[0].double_quant
@@ -86,10 +87,10 @@ def _decode(weights: Sequence[NF4Weight], out: Tensor, tail: int, b: Tensor | No
         for w in weights
     )
     rows = tuple(w.shape[0] for w in weights)
-    tail_block = min(triton.next_power_of_2(max(tail, 16)), max(16, 4096 // high))
+    tail_block = min(next_power_of_2(max(tail, 16)), max(16, 4096 // high))
     launch(
         _nf4_dequantize,
-        (sum(triton.cdiv(n, high) for n in rows) * across,),
+        (sum(cdiv(n, high) for n in rows) * across,),
         *(out, out.stride(0), operands, rows, columns // unit),
         *(b, 0 if b is None else b.stride(0), 0 if b is None else b.shape[1], tail, 0),
         **config,
@@ -100,7 +101,7 @@ def _decode(weights: Sequence[NF4Weight], out: Tensor, tail: int, b: Tensor | No
         BLOCK_SHIFT=(weights[0].block_size // unit).bit_length() - 1,
         NESTED=nested,
         TAIL=tail_block,
-        TAILS=triton.cdiv(tail, tail_block),
+        TAILS=cdiv(tail, tail_block),
         enable_fp_fusion=False,
     )
     return out
@@ -109,7 +110,7 @@ def _decode(weights: Sequence[NF4Weight], out: Tensor, tail: int, b: Tensor | No
 def _tile_columns(columns: int, tile: int) -> int:
     """The widest power of two from `tile` to 64 whose tiles hang over a row by 1/16 or less."""
     wide = tile
-    while wide > 64 and triton.cdiv(columns, wide) * wide - columns > columns // 16:
+    while wide > 64 and cdiv(columns, wide) * wide - columns > columns // 16:
         wide //= 2
     return wide
 
@@ -210,15 +211,15 @@ def nf4_quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = T
     """See `fastsft_kernels.nf4_quantize`."""
     device, shape = weight.device, (weight.shape[0], weight.shape[1])
     flat = weight.detach().reshape(-1)
-    blocks = triton.cdiv(flat.numel(), block_size)
-    packed = torch.empty(triton.cdiv(flat.numel(), 2), dtype=torch.uint8, device=device)
+    blocks = cdiv(flat.numel(), block_size)
+    packed = torch.empty(cdiv(flat.numel(), 2), dtype=torch.uint8, device=device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=device)
     bounds, counts, bounds2 = _tables(device)
     config = dict(pinned("nf4_quantize_tile", _ENCODE, weight))
     tile = config.pop("TILE")
     launch(
         _nf4_quantize,
-        (triton.cdiv(flat.numel(), tile),),
+        (cdiv(flat.numel(), tile),),
         *(packed, absmax, flat, flat.numel(), packed.numel(), bounds, counts),
         **config,
         BLOCKS=tile // block_size,
@@ -230,12 +231,12 @@ def nf4_quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = T
         # The mean is torch's, so that it has the reference's bits.
         offset, code2 = absmax.mean(), dynamic_code().to(device)
         absmax8 = torch.empty(blocks, dtype=torch.uint8, device=device)
-        nested = triton.cdiv(blocks, NESTED_BLOCK_SIZE)
+        nested = cdiv(blocks, NESTED_BLOCK_SIZE)
         absmax2 = torch.empty(nested, dtype=torch.float32, device=device)
         config = pinned("nf4_quantize_scales", [{"BLOCKS": 4, "num_warps": 4}], weight)
         launch(
             _nf4_quantize_scales,
-            (triton.cdiv(nested, config["BLOCKS"]),),
+            (cdiv(nested, config["BLOCKS"]),),
             *(absmax8, absmax2, absmax, offset, blocks, bounds2),
             **config,
             enable_fp_fusion=False,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsft_kernels.integers import cdiv, next_power_of_2
 from fastsft_kernels.launch import launch, multiprocessors, pinned
 
 _FEWEST_STEPS = 4  # of a slice: with fewer the pipeline never fills
@@ -42,9 +43,9 @@ def reduce_partials(
     assert not pitched or (out.dim() == 2 and (out.stride(1) == 1 or out.shape[1] == 1))
     # 64 rows at a time: one after the other, 264 rows of a norm's weight gradient would wait 264
     # times for the L2 cache, 40 us where the whole backward takes 47.
-    block = min(64, triton.next_power_of_2(max(splits, 1)))
+    block = min(64, next_power_of_2(max(splits, 1)))
     config = pinned("reduce_partials", [{"BN": min(512, 4096 // block), "num_warps": 4}], out)
-    grid = (triton.cdiv(n, config["BN"]),)
+    grid = (cdiv(n, config["BN"]),)
     launch(
         _reduce,
         grid,

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastsft_kernels.fused.strips import Adapters
+from fastsft_kernels.integers import cdiv, next_power_of_2
 from fastsft_kernels.launch import launch, multiprocessors, pinned
 from fastsft_kernels.triton_ops.reduce import reduce_partials
 from fastsft_kernels.triton_ops.rms_norm_adapters import backward_tiles
@@ -131,13 +132,13 @@ def _forward_rows(
     x, weight = side_by_side(x), side_by_side(weight)
     residual = None if residual is None else side_by_side(residual)
     rows, heads, strides = rows_of(x, residual, y, total)
-    width = triton.next_power_of_2(x.shape[-1])
+    width = next_power_of_2(x.shape[-1])
     if width > _WIDEST:
         kernel, config = _forward_wide, pinned("rms_norm_forward_wide", _WIDE, x)
         blocks = rows
     else:
         kernel, config = _forward, _config("rms_norm_forward", width, _FORWARD_SIZES, x)
-        blocks = triton.cdiv(rows, config["BM"])
+        blocks = cdiv(rows, config["BM"])
     launch(
         kernel,
         (blocks,),
@@ -183,7 +184,7 @@ def _backward(
     """Writes dx, and dweight where there is one, of any float dtype."""
     dy, x, weight, rstd = side_by_side(dy), side_by_side(x), side_by_side(weight), rstd.contiguous()
     residual_grad = None if residual_grad is None else side_by_side(residual_grad)
-    width = triton.next_power_of_2(x.shape[-1])
+    width = next_power_of_2(x.shape[-1])
     widest = _WIDEST // (x.element_size() // 2) // (1 if dweight is None else 2)
     if adapters is not None or width > widest:
         backward_tiles(dy, x, weight, rstd, offset, residual_grad, adapters, dweight, dx)
@@ -193,7 +194,7 @@ def _backward(
         config = _config("rms_norm_backward", width, _BACKWARD_SIZES, x)
     else:
         config = _config("rms_norm_backward_weight", width, _WEIGHT_SIZES, x)
-    programs, partials = triton.cdiv(rows, config["BM"]), None
+    programs, partials = cdiv(rows, config["BM"]), None
     if dweight is not None:
         programs = min(programs, _PROGRAMS * multiprocessors(x))
         partials = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)

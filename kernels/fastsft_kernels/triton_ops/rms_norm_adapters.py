@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsft_kernels.fused.strips import Adapters
+from fastsft_kernels.integers import cdiv, next_power_of_2
 from fastsft_kernels.launch import capability, launch, multiprocessors, pinned
 from fastsft_kernels.triton_ops.philox import keep_mask, mask_arguments, module_of
 from fastsft_kernels.triton_ops.reduce import reduce_partials
@@ -65,8 +66,8 @@ def backward_tiles(
     term, shape = _term(adapters, x)
     config = pinned(*_sums_candidates(x, adapters), x)
     assert max(strides) * config["BM"] < 2**31, "rows this far apart need 64 bits within a tile"
-    tiles = triton.cdiv(rows, config["BM"])
-    slices, steps = _slices(tiles, triton.cdiv(columns, config["BN"]), x)
+    tiles = cdiv(rows, config["BM"])
+    slices, steps = _slices(tiles, cdiv(columns, config["BN"]), x)
     sums = torch.empty(slices, rows, dtype=torch.float32, device=x.device)
     read = (dy, x, weight, rstd)
     launch(
@@ -78,10 +79,10 @@ def backward_tiles(
         **config,
     )
     config = pinned(*_apply_candidates(x, adapters, dweight is not None), x)
-    tiles, chunks = triton.cdiv(rows, config["BM"]), triton.cdiv(columns, config["BN"])
+    tiles, chunks = cdiv(rows, config["BM"]), cdiv(columns, config["BN"])
     programs, partials = tiles, None
     if dweight is not None:
-        programs = min(tiles, triton.cdiv(4 * multiprocessors(x), chunks))
+        programs = min(tiles, cdiv(4 * multiprocessors(x), chunks))
         partials = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     launch(
         _apply,
@@ -98,9 +99,9 @@ def backward_tiles(
 
 def _slices(tiles: int, chunks: int, x: Tensor) -> tuple[int, int]:
     """Slices of columns for about 8 programs per multiprocessor -> (slices, chunks of each)."""
-    wanted = triton.cdiv(8 * multiprocessors(x), max(tiles, 1))
-    steps = triton.cdiv(chunks, min(wanted, chunks, _MOST_SLICES))
-    return triton.cdiv(chunks, steps), steps
+    wanted = cdiv(8 * multiprocessors(x), max(tiles, 1))
+    steps = cdiv(chunks, min(wanted, chunks, _MOST_SLICES))
+    return cdiv(chunks, steps), steps
 
 
 def _term(adapters: Adapters | None, x: Tensor) -> tuple[tuple[Any, ...], dict[str, int]]:
@@ -113,7 +114,7 @@ def _term(adapters: Adapters | None, x: Tensor) -> tuple[tuple[Any, ...], dict[s
     width = d.shape[1] // strips
     strides = (d.stride(0), a.stride(0), float(adapters.scaling))
     # Products of float32 run on plain registers, which 64 rows of `a` would fill.
-    depth = 16 if x.element_size() == 4 else min(triton.next_power_of_2(width), 64)
+    depth = 16 if x.element_size() == 4 else min(next_power_of_2(width), 64)
     return (d, a, *strides, *mask_arguments(dropout)), {"STRIPS": strips, "R": width, "BR": depth}
 
 

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastsft_kernels.integers import cdiv, next_power_of_2
 from fastsft_kernels.launch import launch, pinned
 
 # Numbers of a tile of a, and warps: 2048 on 4 warps are two 16-byte loads of a and two of b in each
@@ -78,7 +79,7 @@ def _launch(
     block = max(1, config.pop("NUMBERS") // (max(q_tile, k_tile) * max(columns, behind)))
     launch(
         _turn,
-        (triton.cdiv(tokens, block),),
+        (cdiv(tokens, block),),
         *(q, k, q_out, k_out, cos, sin, tokens),
         *(stride for x in (q, k, q_out, k_out) for stride in x.stride()[:2]),
         *(cos.stride(0), sin.stride(0)),
@@ -89,7 +90,7 @@ def _launch(
 
 
 def _power(n: int) -> int:
-    return triton.next_power_of_2(max(n, 1))
+    return next_power_of_2(max(n, 1))
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastsft_kernels.fused.skinny import NormedInput
 from fastsft_kernels.fused.strips import StripDropout
+from fastsft_kernels.integers import cdiv, next_power_of_2
 from fastsft_kernels.launch import launch, pinned, shared_memory
 from fastsft_kernels.triton_ops.philox import keep_mask, mask_arguments, module_of
 from fastsft_kernels.triton_ops.reduce import reduce_partials, slices
@@ -46,11 +47,11 @@ def skinny_dA(
     strips = 1 if dropout is None else len(dropout.modules)
     strip = columns // strips
     br, config = _configuration("skinny_dA", x, strip)
-    per_strip = triton.cdiv(strip, br)
-    blocks = triton.cdiv(k, config["BN"])
+    per_strip = cdiv(strip, br)
+    blocks = cdiv(k, config["BN"])
     # Masks cost more than the read, and arithmetic balances only over many programs.
     programs = blocks * strips * per_strip // (1 if dropout is None else 4)
-    splits, steps = slices(triton.cdiv(rows, config["BM"]), programs, x)
+    splits, steps = slices(cdiv(rows, config["BM"]), programs, x)
     result = x.new_empty(columns, k, dtype=torch.float32) if out is None else out
     into = result if splits == 1 else x.new_empty(splits, columns, k, dtype=torch.float32)
     rstd, weight, offset = norm if norm is not None else (None, None, 0.0)
@@ -85,9 +86,9 @@ def skinny_dB(
     segments = segments or (n,)
     strip = tail.shape[1] // len(segments)
     br, config = _configuration("skinny_dB", dy, strip)
-    per_strip = triton.cdiv(strip, br)
-    blocks = sum(triton.cdiv(columns, config["BN"]) for columns in segments)
-    splits, steps = slices(triton.cdiv(rows, config["BM"]), blocks * per_strip, dy)
+    per_strip = cdiv(strip, br)
+    blocks = sum(cdiv(columns, config["BN"]) for columns in segments)
+    splits, steps = slices(cdiv(rows, config["BM"]), blocks * per_strip, dy)
     result = dy.new_empty(n, strip, dtype=torch.float32) if out is None else out
     into = result if splits == 1 else dy.new_empty(splits, n, strip, dtype=torch.float32)
     launch(
@@ -107,7 +108,7 @@ def skinny_dB(
 
 def _configuration(name: str, wide: Tensor, columns: int) -> tuple[int, dict[str, int]]:
     """(columns of the narrow matrix per program, launch configuration)."""
-    narrow = max(16, triton.next_power_of_2(columns))
+    narrow = max(16, next_power_of_2(columns))
     if wide.dtype == torch.float32:  # products on plain registers: small tiles
         br = min(64, narrow)
         candidates = [{"BM": 16, "BN": 64, "num_warps": 8, "num_stages": 4}]

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsft_kernels.fused.strips import StripDropout
+from fastsft_kernels.integers import cdiv, next_power_of_2
 from fastsft_kernels.launch import launch, pinned, shared_memory
 from fastsft_kernels.triton_ops.philox import keep_mask, mask_arguments, module_of
 from fastsft_kernels.triton_ops.reduce import reduce_partials, slices
@@ -46,13 +47,13 @@ def tails(
         out = x.new_empty(rows, -(-columns // 16) * 16)[:, :columns]
     strips = 1 if dropout is None else len(dropout.modules)
     strip, padding = columns // strips, out.shape[1] - columns
-    bn = min(_widest(x), max(16, triton.next_power_of_2(strip + padding)))
+    bn = min(_widest(x), max(16, next_power_of_2(strip + padding)))
     config = pinned(
         f"tails_{bn}" + ("_f32" if x.dtype == torch.float32 else ""), _candidates(x, bn), x
     )
-    blocks = triton.cdiv(rows, config["BM"])
-    per_strip = triton.cdiv(strip + padding, bn)
-    splits, steps = slices(triton.cdiv(k, config["BK"]), blocks * strips * per_strip, x)
+    blocks = cdiv(rows, config["BM"])
+    per_strip = cdiv(strip + padding, bn)
+    splits, steps = slices(cdiv(k, config["BK"]), blocks * strips * per_strip, x)
     into = out
     if splits > 1:
         into = x.new_empty(splits, rows, columns + padding, dtype=torch.float32)
