@@ -1,10 +1,11 @@
 """The optimizer step: schedule, AdamW, clipping, and what happens when a gradient is not finite.
 
 Schedules are pure functions of the step, so a resumed run needs no scheduler state and any step's
-rate can be asked for. `learning_rate(s)` is the rate of the s-th update (s from 0) and equals
-transformers' `get_scheduler` lambda at s; the first warm-up step therefore has rate 0, as there.
-`min_lr_ratio` m maps a decay factor f to m + (1 - m) f, transformers' form for cosine and wsd, used
-for linear too.
+rate can be asked for. No update has rate 0: of w warm-up steps update s (from 0) has (s + 1)/(w + 1)
+of the peak, where transformers has s/w. From update w on the rates are those of transformers'
+`get_scheduler` with w warm-up steps. w is settled when a run begins and goes with its checkpoints, so
+that a run that is made longer does not warm up again. `min_lr_ratio` m maps a decay factor f to
+m + (1 - m) f, transformers' form for cosine and wsd, used for linear too.
 
 Clipping multiplies all gradients by min(1, max_norm / (norm + 1e-6)). Nothing here waits for the
 device with torch's fused AdamW: rates are host numbers, the norm stays a tensor, and `found_inf`,
@@ -41,20 +42,19 @@ def peak_learning_rate(config: "Config") -> float:
 
 
 def warmup_steps(config: "Config", total_steps: int) -> int:
-    """`warmup_steps` where given, else the share `warmup_ratio` of the run, rounded up."""
+    """`warmup_steps` where given, else the share `warmup_ratio` of a run that begins, rounded up."""
     if config.warmup_steps is not None:
         return config.warmup_steps
     return math.ceil(total_steps * config.warmup_ratio)
 
 
-def learning_rate(step: int, total_steps: int, config: "Config") -> float:
-    """The learning rate of update `step` (from 0) of `total_steps`."""
-    warmup = warmup_steps(config, total_steps)
+def learning_rate(step: int, total_steps: int, warmup: int, config: "Config") -> float:
+    """The learning rate of update `step` (from 0) of `total_steps`, the first `warmup` of them rising."""
     minimum = config.min_lr_ratio
-    if config.lr_scheduler == "wsd":
+    if step < warmup:
+        factor = (step + 1) / (warmup + 1)
+    elif config.lr_scheduler == "wsd":
         factor = _wsd(step, total_steps, warmup, config.decay_ratio, minimum)
-    elif step < warmup:
-        factor = step / warmup
     elif config.lr_scheduler == "constant":
         factor = 1.0
     else:
@@ -68,9 +68,7 @@ def learning_rate(step: int, total_steps: int, config: "Config") -> float:
 
 
 def _wsd(step: int, total: int, warmup: int, decay_ratio: float, minimum: float) -> float:
-    """Warm-up, a stable stretch, then a half cosine over the last `decay_ratio` of the run."""
-    if step < warmup:
-        return minimum + (1.0 - minimum) * step / warmup
+    """After the warm-up: a stable stretch, then a half cosine over the last `decay_ratio` of the run."""
     decay = min(math.ceil(total * decay_ratio), max(0, total - warmup))
     into_decay = step - (total - decay)
     if into_decay < 0:

@@ -9,6 +9,7 @@ settings before anything is loaded, and again what only the model settles; the t
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,11 +40,12 @@ from fastsft.metrics import Meter, MetricsLog, flops_per_token
 from fastsft.model.build import Built, build
 from fastsft.model.engine import paths
 from fastsft.model.fast import FastEngine
-from fastsft.optim import Optimizer, build_optimizer, peak_learning_rate
+from fastsft.optim import Optimizer, build_optimizer, peak_learning_rate, warmup_steps
 from fastsft.preparation import Intake, settle_date, take_in
 from fastsft.reporters import open_reporters
 from fastsft.run_folder import check_resume_config
 
+FEW_STEPS = 20  # fewer are said before step 1
 TAIL = {"cuda": 64, "cpu": 1}  # T is rounded up on a GPU so that its kernels see few sizes
 
 
@@ -52,6 +54,7 @@ class Course:
     """Where the run is and how good it has been: all that a checkpoint adds to weights and moments."""
 
     total_steps: int
+    warmup_steps: int  # as settled when the run began
     step: int = 0
     cursor: dict[str, Any] = field(default_factory=dict)
     best_loss: float | None = None
@@ -222,7 +225,7 @@ def _course(
     sums = built.engine.sums if isinstance(built.engine, FastEngine) else None
     optimizer = build_optimizer(built.named_parameters(), config, sums)
     if checkpoint is None:
-        return Course(total_steps=total), optimizer
+        return Course(total_steps=total, warmup_steps=warmup_steps(config, total)), optimizer
     course = Course(**{**checkpoint.state["course"], "total_steps": total})
     best = f"step-{course.best_step:06d}" if course.best_step is not None else ""
     if best and best != checkpoint.path.name and not (checkpoint.path.parent / best).exists():
@@ -291,7 +294,7 @@ def _say(run: Run) -> None:
         f"{config.batch_size} examples" if config.batch_size else f"{config.batch_tokens:,} tokens"
     )
     notes = list(built.engine.notes)
-    if stored is not None and (hint := _small_step(run)):
+    if stored is not None and (hint := _few_steps(run) or _small_step(run)):
         notes.append(hint)
     run.console.summary(
         RunSummary(
@@ -317,6 +320,24 @@ def _say(run: Run) -> None:
             host_memory=0 if built.planning is None else built.planning.planned.memory.host,
         )
     )
+
+
+def _few_steps(run: Run) -> str | None:
+    """A run whose data fill few steps, said once with the batch that would give more."""
+    config, course, bounds = run.config, run.course, run.bounds
+    if course.step or course.total_steps >= FEW_STEPS or config.max_steps or bounds is None:
+        return None
+    count = f"{course.total_steps} step{'s' if course.total_steps > 1 else ''}"
+    if config.batch_tokens is not None:
+        assert isinstance(run.data, Prepared) and run.order is not None
+        taken = run.order.take(0, int(bounds[-1]))
+        size = int(run.data.train.example_tokens[taken].sum()) // FEW_STEPS
+        return f"only {count}, which train little; batch_tokens={max(1, size)} would give about {FEW_STEPS}"
+    examples = int(bounds[-1])
+    size = max(1, examples // FEW_STEPS)
+    if size == config.batch_size:
+        return f"only {count}, which train little; raise epochs for more"
+    return f"only {count}, which train little; batch_size={size} would give {math.ceil(examples / size)}"
 
 
 def _small_step(run: Run) -> str | None:

@@ -141,7 +141,7 @@ def loop(run: Run, stop: threading.Event) -> bool:
 def _step(run: Run, step: Step) -> None:
     """One optimizer step: the loss is summed over trained tokens and divided by their number once."""
     course, started = run.course, time.perf_counter()
-    rate = learning_rate(step.index - 1, course.total_steps, run.config)
+    rate = learning_rate(step.index - 1, course.total_steps, course.warmup_steps, run.config)
     with _updates_in_backward(run, step, rate):
         while (sums := _accumulate(run, step)) is None:
             pass  # under a cheaper plan, from the first micro-batch

@@ -91,7 +91,7 @@ def _run(config: Config, folder: Path, console: RunConsole) -> Run:
         optimizer=build_optimizer(built.named_parameters(), config),
         data=None,  # type: ignore[arg-type]  # the steps come from elsewhere
         layout=Layout(built.micro_batch_tokens, quadratic, TAIL[device.type], device),
-        course=Course(total_steps=config.max_steps or 0),
+        course=Course(total_steps=config.max_steps or 0, warmup_steps=0),
         meter=Meter(device),
         log=None,  # type: ignore[arg-type]
         order=ExampleOrder(Mixture((examples,), (1.0,), config.seed, shuffle=False)),

@@ -28,7 +28,7 @@ TAGGED = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = "hello there what is this world a line of tea and one more word for the road".split()
-STEPS, WARMUP, RATE, CLIP, DECAY = 5, 2, 0.01, 0.6, 0.1
+STEPS, RATE, CLIP, DECAY = 5, 0.01, 0.6, 0.1
 PROMPT = torch.tensor([[4, 40, 41, 42, 99, 17, 250, 3]])
 
 
@@ -75,7 +75,7 @@ def theirs(place: Path, model: Any) -> list[dict[str, float]]:
         max_steps=STEPS,
         learning_rate=RATE,
         lr_scheduler_type="cosine",
-        warmup_steps=WARMUP,
+        warmup_steps=0,
         weight_decay=DECAY,
         max_grad_norm=CLIP,
         assistant_only_loss=True,
@@ -113,7 +113,7 @@ def ours(place: Path, **keys: Any) -> Path:
         max_steps=STEPS,
         learning_rate=RATE,
         lr_scheduler="cosine",
-        warmup_steps=WARMUP,
+        warmup_steps=0,
         weight_decay=DECAY,
         max_grad_norm=CLIP,
         **keys,

@@ -37,7 +37,7 @@ from fastsft.config import Config, DataSource, LoraConfig, make_config
 from fastsft.data.batches import micro_batches
 from fastsft.data.loader import documents_of
 from fastsft.errors import UserError
-from fastsft.optim import apply_update, build_optimizer, learning_rate
+from fastsft.optim import apply_update, build_optimizer, learning_rate, warmup_steps
 from fastsft.run import example_order, step_bounds
 
 CASES: dict[str, list[str]] = {}
@@ -88,7 +88,8 @@ def plan(place: Path, **keys: Any) -> list[int]:
 
 def rates(count: int = 20, **keys: Any) -> list[float]:
     config = make_config({"model": "m", "data": "d", "learning_rate": 1.0, **keys})
-    return [learning_rate(step, count, config) for step in range(count)]
+    warmup = warmup_steps(config, count)
+    return [learning_rate(step, count, warmup, config) for step in range(count)]
 
 
 # --- the model --------------------------------------------------------------------------------------
@@ -463,7 +464,7 @@ def test_schedules():
         tuple(rates(lr_scheduler=name, **still)) for name in ("cosine", "linear", "constant", "wsd")
     ]
     assert len(set(shapes)) == 4
-    assert rates(warmup_steps=4)[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert rates(warmup_steps=4)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates(warmup_ratio=0.2)[:5] == rates(warmup_steps=4)[:5]
     assert rates(min_lr_ratio=0.5)[-1] > 0.5 > rates()[-1]
     assert rates(lr_scheduler="wsd", decay_ratio=0.5, **still).count(1.0) == 11

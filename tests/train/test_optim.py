@@ -48,6 +48,22 @@ def their_rates(name: str, warmup: int, total: int, **extra: Any) -> list[float]
     return rates
 
 
+def warming(steps: int) -> list[float]:
+    """The rates of the warm-up: equal parts of the peak, the first of them not 0."""
+    return [3e-4 * (step + 1) / (steps + 1) for step in range(steps)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("minimum", [0.0, 0.1])
+def test_no_update_has_rate_zero(schedule: str, minimum: float) -> None:
+    config = options(lr_scheduler=schedule, min_lr_ratio=minimum, warmup_ratio=0.03)
+    for total in range(1, 70):
+        for warmup in (0, 1, 3, total, total + 5, warmup_steps(config, total)):
+            rates = [learning_rate(step, total, warmup, config) for step in range(total)]
+            assert all(0 < rate <= 3e-4 for rate in rates), (total, warmup)
+            assert rates[:warmup] == sorted(rates[:warmup])
+
+
 @pytest.mark.parametrize("total", [1, 2, 7, 100, 333])
 @pytest.mark.parametrize("warmup", [0, 1, 5])
 @pytest.mark.parametrize("minimum", [0.0, 0.1])
@@ -59,35 +75,37 @@ def test_schedules_equal_transformers(total: int, warmup: int, minimum: float) -
     if minimum == 0.0:  # transformers' linear and cosine know no minimum
         cases += [("linear", "linear", {}), ("cosine", "cosine", {})]
     for ours, theirs, extra in cases:
-        config = options(lr_scheduler=ours, warmup_steps=warmup, min_lr_ratio=minimum)
+        config = options(lr_scheduler=ours, min_lr_ratio=minimum)
         # past the end the plain cosine turns up again, theirs and ours
-        got = [learning_rate(step, total, config) for step in range(total + 2)]
-        assert got == pytest.approx(their_rates(theirs, warmup, total, **extra), rel=1e-12, abs=0)
+        got = [learning_rate(step, total, warmup, config) for step in range(total + 2)]
+        expected = their_rates(theirs, warmup, total, **extra)
+        assert got[warmup:] == pytest.approx(expected[warmup:], rel=1e-12, abs=0)
+        assert got[:warmup] == pytest.approx(warming(warmup)[: total + 2], rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize(("total", "warmup", "decay"), [(10, 2, 2), (100, 5, 20), (333, 0, 67)])
 @pytest.mark.parametrize("minimum", [0.0, 0.25])
 def test_wsd_equals_transformers(total: int, warmup: int, decay: int, minimum: float) -> None:
-    config = options(lr_scheduler="wsd", warmup_steps=warmup, min_lr_ratio=minimum)
-    got = [learning_rate(step, total, config) for step in range(total + 2)]
+    config = options(lr_scheduler="wsd", min_lr_ratio=minimum)
+    got = [learning_rate(step, total, warmup, config) for step in range(total + 2)]
     theirs = their_rates(
         "warmup_stable_decay", warmup, total, num_decay_steps=decay, min_lr_ratio=minimum
     )
-    assert got == pytest.approx(theirs, rel=1e-12, abs=0)
+    assert got[warmup:] == pytest.approx(theirs[warmup:], rel=1e-12, abs=0)
+    assert got[:warmup] == pytest.approx(warming(warmup), rel=1e-12, abs=0)
     assert got[warmup] == 3e-4 and got[total - decay] == 3e-4 > got[total - decay + 1]
 
 
 def test_linear_ends_at_its_minimum() -> None:
     config = options(lr_scheduler="linear", min_lr_ratio=0.1)
-    assert learning_rate(0, 100, config) == 3e-4
-    assert learning_rate(50, 100, config) == pytest.approx(3e-4 * 0.55)
-    assert learning_rate(100, 100, config) == pytest.approx(3e-5)
+    assert learning_rate(0, 100, 0, config) == 3e-4
+    assert learning_rate(50, 100, 0, config) == pytest.approx(3e-4 * 0.55)
+    assert learning_rate(100, 100, 0, config) == pytest.approx(3e-5)
 
 
 def test_warmup_ratio_rounds_up_and_steps_win() -> None:
     assert warmup_steps(options(warmup_ratio=0.03), 101) == 4
     assert warmup_steps(options(warmup_ratio=0.03, warmup_steps=9), 101) == 9
-    assert learning_rate(0, 101, options(warmup_ratio=0.03)) == 0.0
 
 
 def test_auto_learning_rate_depends_on_the_method() -> None:
@@ -121,7 +139,7 @@ def test_updates_equal_plain_adamw_with_clipping() -> None:
         foreach=False,
     )
     for step in range(20):
-        rate = learning_rate(step, 20, config)
+        rate = learning_rate(step, 20, 0, config)
         backward(ours, step)
         backward(plain, step)
         update = apply_update(optimizer, rate, 1.0)

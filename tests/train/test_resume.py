@@ -21,6 +21,7 @@ from runs import (
     run,
     run_to_kill,
     same,
+    series,
     settings,
     write_rows,
 )
@@ -222,6 +223,17 @@ def test_allowed_keys_may_change(place, tmp_path):
     assert [r["step"] for r in lines(grown.output_dir)] == [1, 2, 3, 4, 6, 8, 9]
     straight = run(place, **{**keys, "epochs": 3}, output_dir="straight")
     assert same(product(grown.output_dir), product(straight.output_dir))
+
+
+def test_a_longer_resume_never_warms_up_again(place):
+    """The warm-up is a share of the steps a run began with, and stays what it was then."""
+    keys = {"warmup_ratio": 0.5, "warmup_steps": None, "lr_scheduler": "constant"}
+    folder = run(place, **keys, max_steps=4, output_dir="warm").output_dir
+    assert series(folder, "lr") == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, 0.01])
+    run(place, **keys, max_steps=12, resume=str(folder))
+    assert series(folder, "lr")[2:] == [0.01] * 10
+    newest = newest_whole(folder)
+    assert newest is not None and newest.state["course"]["warmup_steps"] == 2
 
 
 def test_resume_auto_starts_afresh_where_there_is_none(place):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -249,3 +250,38 @@ def test_weights_that_are_not_finite_stop_before_anything_is_learned(place, tmp_
     with pytest.raises(UserError, match=r"step 1: .*not finite"):
         run(tmp_path, data=str(place / "rows.jsonl"))
     assert not list(Path(tmp_path).glob("runs/run/checkpoints/step-*"))
+
+
+def defaults(place: Path, rows: int, **keys: Any) -> Path:
+    """A run that leaves batch, epochs and schedule to their defaults."""
+    data = str(write_rows(place / f"{rows}.jsonl", rows))
+    config = {"model": str(small_model(place / "base")), "method": "lora", "data": data, **keys}
+    config["output_dir"] = str(
+        place / f"default-{rows}{''.join(f'-{k}-{v}' for k, v in keys.items())}"
+    )
+    return trainer.train(config).output_dir
+
+
+def test_a_default_run_on_few_rows_learns_and_says_how_few_steps_it_has(place, capsys):
+    few = "which train little; batch_size=2 would give 20"
+    folder = defaults(place, 40)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"only 1 step, {few}" in said and said.index(few) < said.index("step 1/1 ")
+    assert series(folder, "lr") == [1e-4]
+    assert any(tensor.any() for name, tensor in product(folder).items() if "lora_B" in name)
+    assert len(series(defaults(place, 40, batch_size=2))) == 20
+    assert "train little" not in capsys.readouterr().out
+    defaults(place, 5, batch_size=1)
+    assert "only 5 steps, which train little; raise epochs" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    defaults(place, 40, max_steps=2)  # asked for by name
+    assert "train little" not in capsys.readouterr().out
+
+
+def test_a_batch_of_tokens_that_gives_few_steps_is_said_too(place, capsys):
+    defaults(place, 40, batch_tokens=10**6)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "only 1 step, which train little; batch_tokens=" in said
+    size = int(said.split("little; batch_tokens=")[1].split()[0])
+    assert 15 <= len(series(defaults(place, 40, batch_tokens=size))) <= 30
