@@ -176,9 +176,70 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         _recording.launches.append(Launch(kernel, grid, args, options))
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **options)
+            start(kernel, grid, device, args, options)
     else:
+        start(kernel, grid, device, args, options)
+
+
+def start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+) -> None:
+    """Launches `kernel` on `device`, the current card, as it was compiled for an earlier launch like this.
+
+    Triton finds out at each launch which compiled kernel the arguments need, in several times the
+    time of the launch itself. Here a key at least as fine as Triton's says so.
+    """
+    kinds = _kinds(args)
+    if kinds is None:
         kernel[grid](*args, **options)
+        return
+    key = (id(kernel), device, kinds, *options, *options.values())
+    ready = _ready.get(key)
+    if ready is not None:
+        _, compiled, rest = ready
+        compiled[(*grid, 1, 1)[:3]](*args, *rest)
+        return
+    compiled = kernel[grid](*args, **options)
+    if compiled is not None:  # the interpreter compiles nothing
+        names = list(kernel.signature.parameters)[len(args) :]
+        if set(names) <= set(options):
+            _ready[key] = kernel, compiled, tuple(options[name] for name in names)
+
+
+# Key of `start` -> (kernel, held so that its id stays its own; compiled; its last arguments).
+_ready: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
+
+
+def _kinds(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What of the arguments decides on the compiled kernel; None if that is not known here.
+
+    Of tensors the dtype and alignment to 16 bytes; of integers whether they are 1, divisible
+    by 16 and within 32 bits, signed or not; of floats nothing.
+    """
+    kinds: list[Any] = []
+    for a in args:
+        kind = type(a)
+        if kind is int:
+            if -(2**31) <= a < 2**31:
+                kinds.append(1 if a == 1 else 16 if a % 16 == 0 else 32)
+            else:
+                kinds.append((a % 16 == 0, a >= 2**63))
+        elif isinstance(a, Tensor):
+            kinds.append((a.dtype, a.data_ptr() % 16 == 0))
+        elif kind is float or a is None:
+            kinds.append(kind)
+        elif kind is tuple:
+            inner = _kinds(a)
+            if inner is None:
+                return None
+            kinds.append(inner)
+        else:
+            return None
+    return tuple(kinds)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The gate of every launch: who runs what, what a recording notes, and the shared device functions."""
 
+import inspect
+
 import pytest
 import torch
 import triton
@@ -78,3 +80,79 @@ def test_candidates_and_variants():
         assert gate.variant("other", ["a", "b"], x) == "b"
         assert gate.variant("other", ["a", "c"], x) == "a"
     assert gate.pinned("some", candidates, x) == {"BN": 1}
+
+
+class Kernel:
+    """Stands in for Triton's: compiles for each set of kinds, and says what ran with which arguments."""
+
+    def __init__(self):
+        self.compiled, self.ran = 0, []
+
+        def arguments(x, y, n, factor, pair, BM, BN): ...
+
+        self.signature = inspect.signature(arguments)
+
+    def __getitem__(self, grid):
+        def run(*args, BM, BN, num_warps):
+            self.compiled += 1
+            self.ran.append((self.compiled, (*grid, 1, 1)[:3], (*args, BM, BN)))
+            return Compiled(self, self.compiled)
+
+        return run
+
+
+class Compiled:
+    def __init__(self, kernel, number):
+        self.kernel, self.number = kernel, number
+
+    def __getitem__(self, grid):
+        return lambda *args: self.kernel.ran.append((self.number, grid, args))
+
+
+def kernels_of(*calls, **options):
+    """The numbers of the compiled kernels that calls with these arguments use."""
+    kernel = Kernel()
+    for args in calls:
+        gate.launch(kernel, (5, 2), *args, **({"BN": 64, "BM": 32, "num_warps": 4} | options))
+        assert kernel.ran[-1][1:] == ((5, 2, 1), (*args, options.get("BM", 32), 64))
+    return [number for number, *_ in kernel.ran]
+
+
+X = torch.zeros(64)
+LIKE = (X, None, 48, 0.5, (X, 7))
+
+
+def but(**changes):
+    return tuple(changes.get(name, a) for name, a in zip("xynfp", LIKE, strict=True))
+
+
+@pytest.mark.parametrize(
+    "same",
+    [but(x=X[4:]), but(n=1024), but(n=-32), but(f=1.0), but(p=(X[8:], 9)), but(x=X.view(8, 8))],
+)
+def test_a_launch_like_an_earlier_one_is_ready(same):
+    assert kernels_of(LIKE, same, LIKE) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        but(x=X[1:]), but(x=X.half()), but(y=X), but(n=49), but(n=1), but(n=2**31), but(n=None),
+        but(n=2**63), but(p=(X[1:], 7)), but(p=(X, 16)), but(p=(X, 1)), but(p=(X,)), but(f=3),
+    ],
+)  # fmt: skip
+def test_what_triton_compiles_anew_is_not_taken_for_the_same(other):
+    assert kernels_of(LIKE, other, LIKE, other) == [1, 2, 1, 2]
+    wide = [but(n=n) for n in (2**31, 2**63, 2**31 + 1, -(2**31) - 16)]
+    assert kernels_of(*wide) == [1, 2, 3, 1]
+
+
+def test_options_are_part_of_what_is_ready():
+    kernel = Kernel()
+    for options in ({"BM": 32}, {"BM": 64}, {"BM": 32, "num_warps": 8}, {"BM": 32}):
+        gate.launch(kernel, (1,), *LIKE, **({"BN": 64, "num_warps": 4} | options))
+    assert [number for number, *_ in kernel.ran] == [1, 2, 3, 1]
+
+
+def test_arguments_of_unknown_kinds_go_to_triton_each_time():
+    assert kernels_of(but(y="?"), but(y="?")) == [1, 2]
