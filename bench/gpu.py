@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastsft_kernels.limits import Work
@@ -38,6 +38,9 @@ from bench.kernels import find
 from bench.kernels.case import Case
 from bench.ledger import Ledger
 from fastsft.device import grow_segments
+
+if TYPE_CHECKING:
+    from fastsft_kernels.precompile import Misses
 
 
 class Inputs:
@@ -143,16 +146,15 @@ def _budget(book: Ledger, quick: bool) -> float:
     return (0.05 if quick else 0.25) if book.on_gpu else 0.02
 
 
-def precompile(book: Ledger, cases: list[Case], quick: bool) -> None:
+def precompile(cases: list[Case], quick: bool) -> Misses:
     """Fills Triton's cache from all cores: one after the other, first calls would take minutes."""
-    from bench import static  # turns the interpreter off
+    from bench.precompile import compile_everything
 
-    todo, broken = static.jobs(cases, [book.capability], "default" if quick else "record")
-    checks = static.jobs(cases, [book.capability], "default" if quick else "all", small=True)
-    todo, broken = todo + checks[0], broken + checks[1]
-    for row in [*broken, *static.compile_all(todo, len(os.sched_getaffinity(0)))]:
-        for problem in row["failures"]:
-            print(f"{row['kernel']} ({row['op']} {row['case']} {row['choice']}): {problem}")
+    done = compile_everything(cases, quick=quick, checks=False, models=())
+    for problem in done.problems:
+        print(problem)
+    print(f"compiled {done.compiled} kernels in {done.seconds:.0f} s", flush=True)
+    return done.misses
 
 
 def measure_card(book: Ledger, quick: bool) -> None:
@@ -189,8 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     cases = worth.by_worth(find([o for o in given.ops.split(",") if o], given.cases))
     book = ledger.opened(given.out)
     book.about["seed"] = given.seed
-    if book.on_gpu:
-        precompile(book, cases, given.quick or given.defaults)
+    misses = precompile(cases, given.quick or given.defaults) if book.on_gpu else None
     measure_card(book, given.quick)
     failed = done = 0
     for case in cases:
@@ -210,6 +211,8 @@ def main(argv: list[str] | None = None) -> int:
             _go_on(case, [*(sys.argv[1:] if argv is None else argv), *left])
     if given.search and book.path and book.path.is_relative_to(ledger.RESULTS):
         choices.write()
+    if misses is not None:
+        print(f"{len(misses.names)} kernels compiled later, at a launch: {', '.join(misses.names)}")
     print(f"{done} of {len(cases)} cases in {time.monotonic() - began:.0f} s, {failed} failed")
     return 1 if failed else 0
 

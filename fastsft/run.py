@@ -13,7 +13,7 @@ import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,10 +40,14 @@ from fastsft.metrics import Meter, MetricsLog, flops_per_token
 from fastsft.model.build import Built, build
 from fastsft.model.engine import paths
 from fastsft.model.fast import FastEngine
+from fastsft.model.precompile import compiled_ahead
 from fastsft.optim import Optimizer, build_optimizer, peak_learning_rate, warmup_steps
 from fastsft.preparation import Intake, settle_date, take_in
 from fastsft.reporters import open_reporters
 from fastsft.run_folder import check_resume_config
+
+if TYPE_CHECKING:
+    from fastsft_kernels.precompile import Misses
 
 FEW_STEPS = 20  # fewer are said before step 1
 TAIL = {"cuda": 64, "cpu": 1}  # T is rounded up on a GPU so that its kernels see few sizes
@@ -82,6 +86,7 @@ class Run:
     order: ExampleOrder | None  # None for a stream, as are the bounds of its steps
     bounds: np.ndarray | None
     rows_of: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    misses: Misses | None = None  # kernels that compile at a launch, until step 1 is through
 
 
 def set_up(
@@ -99,7 +104,7 @@ def set_up(
     seed_everything(config.seed)
     intake = take_in(config, console.rich)
     intake.data.report.render(console.rich)
-    built = _load(intake, device, checkpoint, console)
+    built, misses = _load(intake, device, checkpoint, console)
     config, data = built.config, intake.data
     if checkpoint:
         _continue(checkpoint, config, data, folder, console)
@@ -128,6 +133,7 @@ def set_up(
         bounds=bounds,
         meter=meter,
         log=MetricsLog(folder / "metrics.jsonl", resume_step, reporters),
+        misses=misses,
     )
     _say(run)
     return run
@@ -135,24 +141,32 @@ def set_up(
 
 def _load(
     intake: Intake, device: torch.device, checkpoint: Checkpoint | None, console: RunConsole
-) -> Built:
-    """The model, sized for the longest row of all data; its embedding must hold every token."""
+) -> tuple[Built, Misses | None]:
+    """The model, sized for the longest row of all data; its embedding must hold every token.
+
+    On a GPU its kernels compile meanwhile, and those that were missed are counted from here on.
+    """
     stored = intake.data.train if isinstance(intake.data, Prepared) else None
     longest = int(stored.lengths.max()) if stored is not None else intake.config.max_length
     if intake.data.eval is not None:
         longest = max(longest, int(intake.data.eval.lengths.max()))
-    with console.task("loading the model") as advance:
+    config, tokenizer = intake.config, intake.tokenizer
+    resume = checkpoint.path if checkpoint else None
+    with (
+        compiled_ahead(config, tokenizer, device, longest, resume, console) as kernels,
+        console.task("loading the model") as advance,
+    ):
         built = build(
-            intake.config,
-            intake.tokenizer,
+            config,
+            tokenizer,
             intake.template,
             device=device,
             longest=longest,
-            resume_from=checkpoint.path if checkpoint else None,
+            resume_from=resume,
             progress=lambda done, total: advance(1),
         )
     _check_ids(built, stored)
-    return built
+    return built, kernels.misses
 
 
 def _continue(

@@ -122,6 +122,7 @@ def loop(run: Run, stop: threading.Event) -> bool:
     with Ahead(lambda: _steps(run)) as steps:
         for step in _or_saved(run, steps):
             _step(run, step)
+            _say_misses(run)
             stopping = stop.is_set()  # read once: a signal from here on ends the next step
             last = step.index == course.total_steps
             evaluate = last or step.index % config.eval_steps == 0
@@ -155,6 +156,17 @@ def _step(run: Run, step: Step) -> None:
     course.total_tokens += step.tokens
     course.seconds += time.perf_counter() - started
     run.rows_of[step.index] = step.rows
+
+
+def _say_misses(run: Run) -> None:
+    """Once, after the first step on a GPU: kernels that were not there and had a launch wait for them."""
+    if run.misses is None:
+        return
+    run.misses.close()
+    names = run.misses.names
+    which = f": {', '.join(dict.fromkeys(names))}" if names else ""
+    run.console.print(f"{len(names)} kernels compiled at a launch of the first step{which}")
+    run.misses = None
 
 
 def _accumulate(run: Run, step: Step) -> list[LossOutput] | None:

@@ -140,7 +140,7 @@ def build(
     model = load_model(
         resume_from / "model" if full and resume_from else folder,
         quantize=config.method == "qlora",
-        dtype=_master_dtype(config, dtype) if full else dtype,
+        dtype=master_dtype(config, dtype) if full else dtype,
         device=device,
         trust_remote_code=config.trust_remote_code,
         progress=progress,
@@ -148,7 +148,7 @@ def build(
     if full and tokenizer.new_ids:
         resize_vocabulary(model, tokenizer.vocab_size)
     context = StepContext(seed=config.seed)
-    adapters = None if full else _adapters(config, model, tokenizer, context, resume_from)
+    adapters = None if full else put_adapters(config, model, tokenizer, context, resume_from)
     if adapters is not None and config.adapter is not None:
         config = config.model_copy(update={"lora": _settings_of(adapters)})
     chosen = choose_engine(config, model, context, dtype, device, longest)
@@ -170,7 +170,7 @@ def build(
     )
 
 
-def _master_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
+def master_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
     """Of the weights that full fine-tuning trains."""
     if config.masters == "bf16" and dtype != torch.bfloat16:
         raise UserError(
@@ -180,13 +180,14 @@ def _master_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
     return dtype if config.masters == "bf16" else torch.float32
 
 
-def _adapters(
+def put_adapters(
     config: Config,
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     context: StepContext,
     resume_from: Path | None,
 ) -> LoraSet:
+    """The adapters that train: a checkpoint's, those of `adapter`, or fresh ones."""
     if resume_from is not None:
         return load_adapter(resume_from / "adapter", model, context)
     if config.adapter is not None:

@@ -106,7 +106,7 @@ def load_model(
     check_weights(folder)
     device = torch.device(device)
     options: dict[str, Any] = {
-        "config": _config(folder, trust_remote_code),
+        "config": model_config(folder, trust_remote_code),
         "trust_remote_code": trust_remote_code,
         "dtype": "auto" if dtype is None else dtype,
     }
@@ -150,7 +150,8 @@ def _from_pretrained(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[s
     return loaded
 
 
-def _config(folder: Path, trust_remote_code: bool) -> Any:
+def model_config(folder: Path, trust_remote_code: bool) -> Any:
+    """transformers' object for config.json in `folder`. Raises UserError where it cannot be read."""
     from transformers import AutoConfig
 
     try:

@@ -83,6 +83,7 @@ class Recording:
 
     capability: int
     multiprocessors: int
+    card: str = ""  # whose measured choices apply
     launches: list[Launch] = field(default_factory=list)
     candidates: dict[str, int] = field(default_factory=dict)  # of each `pinned` name: how many
     choices: dict[str, list[Any]] = field(default_factory=dict)  # of `pinned` and `variant`: all
@@ -243,11 +244,13 @@ def _kinds(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 @contextmanager
-def record_launches(capability: int = 90, multiprocessors: int = 132) -> Iterator[Recording]:
+def record_launches(
+    capability: int = 90, multiprocessors: int = 132, card: str = ""
+) -> Iterator[Recording]:
     """Ops on meta tensors inside run their Triton path, recording launches instead of making them."""
     global _recording
     assert _recording is None, "recordings do not nest"
-    _recording = Recording(capability, multiprocessors)
+    _recording = Recording(capability, multiprocessors, card)
     try:
         yield _recording
     finally:
@@ -325,7 +328,9 @@ def forced(**choices: Any) -> Iterator[None]:
 
 
 def _recorded(x: Tensor) -> dict[str, Any]:
-    return _choices().get(_properties(x.device)[2], {}) if x.device.type == "cuda" else {}
+    if x.device.type == "cuda":
+        return _choices().get(_properties(x.device)[2], {})
+    return _choices().get(_recording.card, {}) if _recording is not None else {}
 
 
 @cache

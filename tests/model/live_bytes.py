@@ -14,11 +14,10 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from fastsft_kernels import NF4Weight
 from fastsft_kernels.launch import record_launches
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from fastsft.config import LoraConfig
 from fastsft.data.batches import MicroBatch
@@ -27,7 +26,7 @@ from fastsft.model.fast import FastEngine
 from fastsft.model.host_weights import TILE
 from fastsft.model.lora import add_adapters
 from fastsft.model.plan import Plan
-from fastsft.model.quant import NF4Linear
+from fastsft.model.shapes import shaped_model
 
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -91,59 +90,11 @@ def shaped(
     """A model without numbers, with adapters on it for lora and qlora."""
     tokens = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     config = AutoConfig.for_model(family, **{**tokens, **sizes})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if method != "full":
+    model = shaped_model(config, dtype, nf4=method == "qlora")
+    if method != "full":
+        with torch.device("meta"):
             add_adapters(model, lora, seed=0, context=StepContext())
-    model.tie_weights()
-    if method == "qlora":
-        for name, module in list(model.named_modules()):
-            if type(module) is torch.nn.Linear and module is not model.get_output_embeddings():
-                model.set_submodule(name, NF4Linear(_nf4(module.weight), module.bias))
     return model
-
-
-def _nf4(weight: torch.Tensor) -> NF4Weight:
-    n, k = weight.shape
-    blocks = -(-n * k // 64)
-
-    def empty(count: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(count, dtype=dtype, device="meta")
-
-    return NF4Weight(
-        packed=empty(-(-n * k // 2), torch.uint8),
-        absmax=empty(blocks, torch.uint8),
-        absmax2=empty(-(-blocks // 256), torch.float32),
-        offset=torch.empty((), device="meta"),
-        code=empty(16, torch.float32),
-        code2=empty(256, torch.float32),
-        shape=(n, k),
-        dtype=weight.dtype,
-    )
-
-
-def meta_batch(lengths: list[int], trained: int) -> MicroBatch:
-    """Documents of these lengths, the last `trained` tokens of the row to be learned."""
-    tokens = sum(lengths)
-
-    def empty(count: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.empty(count, dtype=dtype, device="meta")
-
-    return MicroBatch(
-        ids=empty(tokens),
-        labels=empty(tokens),
-        positions=empty(tokens, torch.int32),
-        cu_seqlens=empty(len(lengths) + 1, torch.int32),
-        max_seqlen=max(lengths),
-        trained_rows=empty(trained),
-        row_key=empty(tokens),
-        step_trained=trained,
-        tokens=tokens,
-        lengths=tuple(lengths),
-        targets=(trained,) + (0,) * (len(lengths) - 1),
-        sequences=tuple(range(len(lengths))),
-        host_ids=empty(tokens),
-    )
 
 
 def counted_peak(model: Any, plan: Plan, batch: MicroBatch, **options: Any) -> tuple[int, int]:

@@ -9,13 +9,14 @@ from collections import Counter
 
 import pytest
 from fastsft_kernels.launch import forced, record_launches
-from live_bytes import LLAMA_8B, meta_batch, shaped
+from live_bytes import LLAMA_8B, shaped
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsft.config import LoraConfig
 from fastsft.model.context import StepContext
 from fastsft.model.fast import FastEngine
 from fastsft.model.plan import Plan
+from fastsft.model.shapes import meta_batch
 
 FREE = {
     "view", "_unsafe_view", "unsqueeze", "slice", "select", "detach", "t", "split", "split_with_sizes",

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from live_bytes import LLAMA_8B, counted_peak, meta_batch, shaped
+from live_bytes import LLAMA_8B, counted_peak, shaped
 from tiny_models import FAMILIES, tiny
 from transformers import AutoConfig
 
@@ -20,6 +20,7 @@ from fastsft.model.lora import LoraLinear, add_adapters
 from fastsft.model.memory import predict
 from fastsft.model.plan import POLICIES, Plan
 from fastsft.model.planning import job_of
+from fastsft.model.shapes import meta_batch
 from fastsft.model.spec import read_spec
 from fastsft.optim import build_optimizer
 
