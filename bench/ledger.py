@@ -68,9 +68,14 @@ def opened(
         out = out or RESULTS
     else:
         about |= {"card": rows.processor(), "capability": 90, "driver": ""}
-    folder = rows.slug(about["card"]) if about["driver"] or name == "kernels" else "cpu"
-    path = out / folder / f"{name}.json" if out else None
+    path = path_of(out, name, about) if out else None
     before, found = rows.load(path) if path else ({}, [])
     same = all(before.get(k) == about[k] for k in ("source", "versions", "card", "driver"))
     kept = [r for r in found if not r.get("problem") and "error" not in r] if same else []
     return Ledger(device, path, about, kept, key)
+
+
+def path_of(out: Path, name: str, about: dict[str, Any]) -> Path:
+    """Where in folder `out` the ledger `name` of a machine is."""
+    folder = rows.slug(about["card"]) if about["driver"] or name == "kernels" else "cpu"
+    return out / folder / f"{name}.json"
