@@ -1,10 +1,11 @@
 """varlen_attention against transformers' eager attention under a block-diagonal mask."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fastsft_kernels import varlen_attention
+from fastsft_kernels import fused, varlen_attention
 from torch.autograd import gradcheck
 from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
@@ -186,3 +187,30 @@ def test_repeated_heads_give_the_same_attention(monkeypatch):
     monkeypatch.setattr(attention, "_can_share_heads", lambda *_: False)
     for got, expected in zip(run(), want, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"window": 40}, {"window": 9}, {"scale": 0.3}]
+)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (8, 1)])
+def test_torchs_attention_in_the_step_is_the_formulas(options, heads, kv_heads):
+    """float32 takes torch's own where it can, float64 the formulas; views of wider rows, as in a block."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, width = (37, 1, 64, 40), 24
+    tokens = sum(lengths)
+    cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    numbers = (heads + 2 * kv_heads) * width
+    qkv = torch.randn(tokens, numbers + 16, generator=generator)[:, :numbers]
+    do = torch.randn(tokens, heads * width + 16, generator=generator)[:, : heads * width]
+    do[3], do[70] = 0, do[70] * 1e-25  # a row without a gradient; one whose square is 0 in float32
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        split = qkv.to(dtype).unflatten(1, (-1, width)).split([heads, kv_heads, kv_heads], 1)
+        grad = do.to(dtype).unflatten(1, (heads, width))
+        given = fused.AttentionOptions(max(lengths), **options)
+        o, lse = fused.attention_forward(*split, cu, given, backend="reference")
+        delta = fused.attention_delta(o, grad, backend="reference")
+        back = fused.attention_backward(grad, *split, lse, delta, cu, given, backend="reference")
+        found.append((o, lse, *back, back[0][70] * 1e25))
+    for ours, wanted in zip(*found, strict=True):
+        assert torch.allclose(ours.double(), wanted, rtol=2e-5, atol=2e-5)

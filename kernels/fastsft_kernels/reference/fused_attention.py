@@ -3,6 +3,10 @@
 The formulas are written out, scores and all, in float32 (float64 for float64 inputs): this is
 what the kernels compute. Documents are found by reading cu_seqlens, one host synchronisation on a
 GPU.
+
+On a CPU float32 documents go through torch's own attention, which gives the log-sum-exp and keeps
+the scores in its cache: what training there spends its time on. Soft-caps, windows shorter than a
+document and other dtypes have the formulas alone.
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ from torch import Tensor
 from fastsft_kernels.fused.attention import AttentionOptions
 from fastsft_kernels.fused.strips import Adapters
 from fastsft_kernels.reference.strips import adapters_term
+
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def attention_forward(
@@ -29,7 +36,12 @@ def attention_forward(
     """See `fastsft_kernels.fused.attention_forward`."""
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=_wide(q), device=q.device)
+    scale = _scale(q, options)
     for rows in _documents(cu_seqlens):
+        if _torch_can(q[rows], options):
+            found = _FORWARD(*_batch(q[rows], k[rows], v[rows]), 0.0, options.causal, scale=scale)
+            o[rows], lse[:, rows] = found[0][0].transpose(0, 1), found[1][0]
+            continue
         scores, _ = _scores(q[rows], k[rows], options)
         lse[:, rows] = scores.logsumexp(-1)
         p = torch.exp(scores - lse[:, rows, None])
@@ -56,6 +68,12 @@ def attention_backward(
     else:
         dq, dk, dv = out
     for rows in _documents(cu_seqlens):
+        if _torch_can(q[rows], options):
+            parts = [x[rows] for x in (do, q, k, v)]
+            found = _backward(*parts, lse[:, rows], delta[:, rows], options)
+            for grad, new in zip((dq, dk, dv), found, strict=True):
+                grad[rows] = new
+            continue
         scores, bent = _scores(q[rows], k[rows], options)
         p = torch.exp(scores - lse[:, rows, None])
         upstream = do[rows].to(wide)
@@ -77,6 +95,39 @@ def attention_delta(o: Tensor, do: Tensor, *, adapters: Adapters | None = None) 
     if adapters is not None:
         do.copy_(do.to(wide) + adapters_term(adapters).view(do.shape))
     return (o.to(wide) * do.to(wide)).sum(-1).t().contiguous()
+
+
+def _torch_can(q: Tensor, options: AttentionOptions) -> bool:
+    """Whether torch's attention on a CPU computes the same of one document's q [n, Hq, D]."""
+    plain = options.softcap is None and (options.window is None or options.window >= q.shape[0])
+    return plain and q.device.type == "cpu" and q.dtype == torch.float32
+
+
+def _batch(*rows: Tensor) -> list[Tensor]:
+    """[n, H, D] each -> [1, H, n, D], as torch's attention takes them."""
+    return [x.transpose(0, 1)[None] for x in rows]
+
+
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    options: AttentionOptions,
+) -> list[Tensor]:
+    """(dq, dk, dv) of one document by torch's attention.
+
+    It reads o for nothing but delta = Σ do ∘ o, and o is not known here: it gets the multiple of do that
+    has this sum, by do divided by its row's largest number, whose square cannot vanish.
+    """
+    unit = do / do.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(do.dtype).tiny)
+    weight = (do * unit).sum(-1, keepdim=True)
+    o = unit * torch.where(weight > 0, delta.t()[..., None] / weight, 0.0)
+    tensors = _batch(do, q, k, v, o)
+    found = _BACKWARD(*tensors, lse[None], 0.0, options.causal, scale=_scale(q, options))
+    return [x[0].transpose(0, 1) for x in found]
 
 
 def _documents(cu_seqlens: Tensor) -> Iterator[slice]:
