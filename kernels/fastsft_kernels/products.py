@@ -14,9 +14,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> 
     beta = 0 if first else 1
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
-    elif total.device.type in ("cpu", "meta"):
-        # CPUs have no product of 16-bit matrices with a 32-bit result, and torch 2.11 no `out_dtype`
-        # for meta tensors.
+    elif total.device.type == "cpu":  # no product of 16-bit matrices with a 32-bit result there
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+    elif total.device.type == "meta":
+        # torch 2.11 has no `out_dtype` here. One op without other memory, as on a GPU: a part of total.
+        part = total.view(a.dtype)[:, : total.shape[1]]
+        torch.addmm(part, a, b, beta=beta, out=part)
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)

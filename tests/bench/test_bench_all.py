@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import all as bench_all
 from bench import engine
 from fastsft.model.block import Block
 
@@ -91,3 +92,15 @@ def test_the_checks_see_a_wrong_gradient(monkeypatch):
     again = Block._mlp_again
     monkeypatch.setattr(Block, "_mlp_again", lambda *given: again(*given) * (1 + 2**-20))
     assert engine.run_check("policies", torch.device("cpu"))["problem"] == "wrong"
+
+
+def test_every_command_on_a_card_gets_the_limit(monkeypatch):
+    ran = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        bench_all, "_ran", lambda name, options: ran.update({name: options}) or True
+    )
+    assert bench_all.main(["--limit", "300"]) == 0
+    assert list(ran) == [*bench_all.COMMANDS, "report"]
+    for name in bench_all.COMMANDS:
+        assert ran[name][:2] == ["--limit", "300.0"], name

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import subprocess
+import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.ledger import Ledger
 from bench.train import __main__ as bench_train
-from bench.train import clock, job, models, plain, trl, work
+from bench.train import child, clock, job, models, plain, trl, work
 from bench.train.job import Job
 from bench.train.session import Session, TimeIsUp
 from bench.train.workloads import TINY, WORKLOADS, Rows, generate
@@ -267,3 +270,23 @@ def test_a_row_that_is_there_is_not_measured_again(session, monkeypatch):
     assert not asked
     assert bench_train.compare(session, ["tiny"], ["alpaca"], ["lora"], ["fastsft", "trl"]) == 1
     assert asked == ["tiny"] and session.book.find(**key, who="trl")["error"] == "trl"
+
+
+@pytest.mark.parametrize("who,grows", [("fastsft", True), ("trl", False)])
+def test_ours_trains_with_the_product_s_allocator_settings(who, grows, monkeypatch):
+    """Set before the trainer's module, which could start CUDA, is imported; peers keep their own."""
+    seen = []
+
+    def imported(name):
+        seen.append("expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""))
+        return types.SimpleNamespace(train=lambda job: {})
+
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # so that it is taken back afterwards
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(child.importlib, "import_module", imported)
+    monkeypatch.setattr(
+        sys, "argv", ["child", json.dumps(dataclasses.asdict(Job("train", who=who)))]
+    )
+    child.main()
+    assert seen == [grows]
