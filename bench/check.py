@@ -61,7 +61,7 @@ def check(
     places = [("small", dtype) for dtype in dtypes(ledger, case, fewer)]
     if ledger.on_gpu and not quick:
         places.append(("record", case.dtypes[0]))
-    right, overwritten = True, set()
+    right, overwritten = True, set[int]()
     for shape, dtype in places:
         key = {"kind": "check", "op": case.op, "case": case.label, "shape": shape}
         key["dtype"] = str(dtype).removeprefix("torch.")

@@ -220,8 +220,9 @@ def _varlen_attn(cu: Tensor, options: AttentionOptions, lengths: tuple[int, ...]
 
     sides = ((options.window or 0) - 1, 0) if options.causal else (-1, -1)
     n = options.max_seqlen
-    more = {"enable_gqa": True} if _knows_groups() else {}
-    return lambda q, k, v: varlen_attn(q, k, v, cu, cu, n, n, window_size=sides, **more)
+    more: dict[str, Any] = {"enable_gqa": True} if _knows_groups() else {}
+    attend: Callable[..., Any] = varlen_attn  # a tuple where more is asked for
+    return lambda q, k, v: attend(q, k, v, cu, cu, n, n, window_size=sides, **more)
 
 
 def _flash_attn(cu: Tensor, options: AttentionOptions, lengths: tuple[int, ...]) -> Attend:
