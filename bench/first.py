@@ -35,6 +35,7 @@ import torch
 from bench import engine, ledger, rows
 from bench.first_steps import STEPS, Bench, Item, items_of
 from bench.ledger import Ledger
+from fastsft.device import grow_segments
 
 KEY = ("kind", "step", "item", "what")
 ALL: rows.Folders = (*rows.KERNELS, *rows.TRAINING[2:])
@@ -151,9 +152,10 @@ class Worker:
 def _serve(pipe: Any, out: Path, quick: bool) -> None:
     """The process: a question is "open" or (step, name, seconds); rows go back as they are made."""
     os.setsid()
+    grow_segments()  # as a run does
     opened = books(out)
     for book in opened.values():
-        book.path, book.device = None, torch.device(book.device.type)
+        book.path = None  # the parent writes
     bench = Bench(opened, out, quick, lambda book, row: pipe.send(("row", book, row)))
     items = {(item.step, item.name): item for item in items_of(quick, bench.on_gpu)}
     while True:

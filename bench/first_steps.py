@@ -137,7 +137,7 @@ def items_of(quick: bool, on_gpu: bool) -> list[Item]:
         Item("facts", "transfers", 4.0, transfers, needs_gpu=True),
         Item("facts", "registering", 4.0, registering, needs_gpu=True),
         Item("compile", "all", 35.0, compile_kernels, needs_gpu=True),
-        *(Item("engine", name, 6.0, partial(engine_check, name)) for name in checks),
+        *(Item("engine", name, 8.0, partial(engine_check, name)) for name in checks),
         *(Item("kernels", f"{c.op} {c.label}", 5.0, partial(kernel, c)) for c in kernels),
         *(Item("duels", f"{c.op} {c.label}", 8.0, partial(duel, c), True) for c in duels),
         *(
@@ -272,7 +272,7 @@ def _options(bench: Bench, search: bool) -> argparse.Namespace:
 
 
 def kernel(case: Case, bench: Bench) -> str | None:
-    """Right on small inputs and at the shape of the record; only then timed, with its peers."""
+    """Right on small inputs in the default configuration; only then timed, with its peers."""
     scratch = Ledger(bench.device, None, bench.books["kernels"].about)
     scratch.rows = [r for r in bench.books["kernels"].rows if r["kind"] == "rates"]
     places = len(scratch.rows)
