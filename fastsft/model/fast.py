@@ -222,10 +222,12 @@ class FastEngine:
 
     def _ready_stash(self, x: Tensor) -> None:
         slots = sum(policy == "offload" for policy in self.plan.policies)
-        if slots == 0:
+        if self.stash is not None and self.stash.slots != slots:
+            self.stash.end()
             self.stash = None
+        if slots == 0:
             return
-        if self.stash is None or self.stash.slots != slots:
+        if self.stash is None:
             self.stash = Stash(slots, self.spec.hidden, self.dtype, x.device)
         self.stash.begin(x.shape[0])
 

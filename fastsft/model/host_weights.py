@@ -21,7 +21,7 @@ from fastsft_kernels.products import add_product
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastsft.model.offload import pin
+from fastsft.model.offload import Copies, CopyStream, pin
 
 TILE = 8192  # rows of the head on the device at a time: 67 MB at 4096 numbers of bf16, and as much coming
 ROWS = 1024  # rows of hidden states: a piece of logits has 8 M numbers
@@ -58,28 +58,36 @@ class HostHead(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.device = device
         self._release = pin(self.weight) if device.type == "cuda" else None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copies: Copies | None = CopyStream(device) if device.type == "cuda" else None
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows on the device) from the first tile to the last, the next one on its way."""
-        starts = range(0, self.weight.shape[0], TILE)
-        coming = self._fetch(starts[0])
-        for first in starts:
-            if self._stream is not None:
-                torch.cuda.current_stream(self.device).wait_stream(self._stream)
-            tile = coming
-            if first + TILE < self.weight.shape[0]:
-                coming = self._fetch(first + TILE)
-            if self._stream is not None:
-                tile.record_stream(torch.cuda.current_stream(self.device))
-            yield first, tile
+        """(first row, rows on the device) from the first tile to the last, the next one on its way.
 
-    def _fetch(self, first: int) -> Tensor:
-        rows = self.weight.detach()[first : first + TILE]
-        if self._stream is None:
-            return rows
-        with torch.cuda.stream(self._stream):
-            return rows.to(self.device, non_blocking=True)
+        A tile is valid until the next but one is asked for: two buffers, which only the main stream's
+        order frees, so that the host may run ahead without a third.
+        """
+        weight, starts = self.weight.detach(), range(0, self.weight.shape[0], TILE)
+        if self.copies is None:
+            yield from ((first, weight[first : first + TILE]) for first in starts)
+            return
+        copies, shape = self.copies, (min(TILE, weight.shape[0]), weight.shape[1])
+        buffers = [torch.empty(shape, dtype=weight.dtype, device=self.device) for _ in starts[:2]]
+
+        def fetch(i: int) -> tuple[int, Tensor, Any]:
+            rows = weight[starts[i] : starts[i] + TILE]
+            tile = buffers[i % 2][: rows.shape[0]]
+            return starts[i], tile, copies.copy(tile, rows)
+
+        coming = fetch(0)
+        try:
+            for i in range(len(starts)):
+                first, tile, arrived = coming
+                copies.wait(arrived)
+                if i + 1 < len(starts):
+                    coming = fetch(i + 1)
+                yield first, tile
+        finally:  # left early: a buffer is not free before the copy into it has ended
+            copies.wait(coming[2])
 
     def forward(self, hidden: Tensor) -> Tensor:
         return torch.cat([hidden @ tile.t() for _, tile in self.tiles()], -1)

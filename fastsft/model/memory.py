@@ -353,18 +353,23 @@ class _Widths:
 
 def _moments(job: Job, plan: Plan, tokens: int, trained: int) -> Iterator[Moment]:
     """The moments at which a step may be at its widest: each layer's passes, and the head."""
-    kept = 0
+    kept = leaving = 0
     seen: dict[object, _Widths] = {}
     last = job.spec.layers - 1
+    # Offloaded inputs whose copies the main stream has not waited for: the last two, until one comes back.
+    inputs = [tokens * job.spec.hidden * job.size if p == "offload" else 0 for p in plan.policies]
+    most = 2 * max(inputs)
     for i, policy in enumerate(plan.policies):
         key = (job.layers[i], policy, i == last)
         if key not in seen:
             seen[key] = _Widths(job, plan, i, tokens, trained)
         layer = seen[key]
-        yield Moment(f"forward of layer {i}", kept, layer.forward(), 0)
-        yield Moment(f"backward of layer {i}", kept, layer.backward(), 0)
+        yield Moment(f"forward of layer {i}", kept + leaving, layer.forward(), 0)
+        leaving = min(leaving + inputs[i], most)
+        staying = 0 if any(inputs[i:]) else leaving
+        yield Moment(f"backward of layer {i}", kept + staying, layer.backward(), 0)
         kept += layer.kept
-    yield from _head(job, plan, trained, kept)
+    yield from _head(job, plan, trained, kept + leaving)
 
 
 def _head(job: Job, plan: Plan, trained: int, kept: int) -> Iterator[Moment]:
