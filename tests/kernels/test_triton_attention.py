@@ -267,14 +267,18 @@ def test_raw_functions_are_their_references(softcap, dtype):
 
 
 def test_nothing_of_a_neighbour_enters():
-    """A document is the same, to the last bit, whatever the others hold, and where it stands."""
-    q, k, v = (x.clone() for x in qkv(LENGTHS, dtype=torch.float16))
+    """A document is the same, to the last bit, whatever the others hold, and where it stands.
+
+    Of 200 rows: blocks of 64 queries that all see the first 128 keys, and a part of one behind them.
+    """
+    lengths = [1, 0, 200, 2, 64, 0]
+    q, k, v = (x.clone() for x in qkv(lengths, dtype=torch.float16))
     do = randn(*q.shape, dtype=torch.float16, seed=3)
-    rows = slice(1, 136)
-    want = raw(*(x[rows] for x in (q, k, v, do)), [135])
+    rows = slice(1, 201)
+    want = raw(*(x[rows] for x in (q, k, v, do)), [200])
     for x in (q, k, v, do):
-        x[:1], x[136:] = math.nan, math.nan
-    got = raw(q, k, v, do, LENGTHS)
+        x[:1], x[201:] = math.nan, math.nan
+    got = raw(q, k, v, do, lengths)
     for g, w in zip(got, want, strict=True):
         assert torch.equal(g[:, rows] if g.dim() == 2 else g[rows], w)
 

@@ -11,11 +11,12 @@ dk, dv: a program has BN keys of one key head and walks over the queries that se
 head of the group, so that dk and dv are summed in registers and written once. The scores are held
 transposed, [keys, queries]: P and dS are then the left operands of their products and come from
 registers. dP is issued before the exponentials, which run while it is being made, and dS while dv
-is. Query blocks cut by the diagonal or the window's edge come first, of all heads,
-then the whole ones. Rows behind the end of a document are read as zeros, lse and delta too: then
-P = 1, and they add nothing since do = 0, dP = 0. Heads of 256 take two launches on sm_90, one for
-dk and one for dv (8 products): a program with 64 keys would hold both sums, but its two warpgroups
-would each make all of S and dP, and 128 keys fill the registers with one sum.
+is. Query blocks cut by the diagonal, the window's edge or the end of the document come first, of
+all heads, then the whole ones, which need no mask. Rows behind the end of a document are read as
+zeros, lse and delta too: then P = 1, and they add nothing since do = 0, dP = 0. Heads of 256 take
+two launches on sm_90, one for dk and one for dv (8 products): a program with 64 keys would hold
+both sums, but its two warpgroups would each make all of S and dP, and 128 keys fill the registers
+with one sum.
 
 dq: a program has BM rows of one head and walks over keys as the forward does. Both kernels are
 deterministic: every sum has one order.
@@ -192,31 +193,29 @@ def _key_gradients(
     statistics = head * GROUP * tokens + start
 
     # In query blocks: cut by the diagonal from `begin` on, `left` of them; whole, `whole` of them;
-    # cut by the window's edge, up to `end`.
+    # cut by the window's edge or the end of the document, up to `end`.
     begin = first * 0
     left = begin
     end = tl.cdiv(length, BM)
-    whole = end
+    whole = length // BM
     if CAUSAL:
         begin = first // BM
         left = tl.minimum(tl.cdiv(first + BN - 1, BM), end) - begin
-        whole = end - begin - left
         if scores[2] is not None:
             end = tl.minimum(tl.cdiv(first + BN - 1 + scores[2], BM), end)
-            whole = tl.minimum((first + scores[2]) // BM, end) - begin - left
-            whole = tl.maximum(whole, 0)
+            whole = tl.minimum((first + scores[2]) // BM, whole)
+        whole = tl.maximum(whole - begin - left, 0)
     given = (keys, values, q, do, lse + statistics, delta + statistics)
     sizes = (q_token, q_head, do_token, do_head, tokens, first, length)
     dk_sum = tl.zeros([BN, DP], tl.float32)
     dv_sum = tl.zeros([BN, DP], tl.float32)
-    if CAUSAL:
-        dk_sum, dv_sum = _visit_queries(
-            *(dk_sum, dv_sum, given, sizes, scores, begin * BM, left, whole * BM),
-            *(end - begin - whole, GROUP, D, DP, BM, BN, DK, DV, True),
-        )
+    dk_sum, dv_sum = _visit_queries(
+        *(dk_sum, dv_sum, given, sizes, scores, begin * BM, left, whole * BM),
+        *(end - begin - whole, GROUP, D, DP, CAUSAL, BM, BN, DK, DV, True),
+    )
     dk_sum, dv_sum = _visit_queries(
         *(dk_sum, dv_sum, given, sizes, scores, (begin + left) * BM, 0, 0),
-        *(whole, GROUP, D, DP, BM, BN, DK, DV, False),
+        *(whole, GROUP, D, DP, CAUSAL, BM, BN, DK, DV, False),
     )
     inside = (first + row < length) & (column < D)  # made again: see `attention._forward`
     dk += (start + first) * dk_token + head * dk_head
@@ -242,6 +241,7 @@ def _visit_queries(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
+    CAUSAL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     DK: tl.constexpr,
@@ -265,12 +265,14 @@ def _visit_queries(
         # registers where the two sums alone take 128 of 255.
         here = (m + row[:, None]).to(tl.int64)
         known = row < length - m
-        inside = known[:, None] & (column < D)
-        queries = tl.load(q + member * q_head + here * q_token, mask=inside, other=0.0)
-        grads = tl.load(do + member * do_head + here * do_token, mask=inside, other=0.0)
+        inside = column < D
+        if CUT:
+            inside = inside & known[:, None]
+        queries = load_tile(q + member * q_head, here * q_token, inside, CUT or D < DP)
+        grads = load_tile(do + member * do_head, here * do_token, inside, CUT or D < DP)
         at = member * tokens + m + row
         s = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-        exponent = tl.load(lse + at, mask=known, other=0.0) * LOG2E
+        exponent = load_tile(lse, at, known, CUT) * LOG2E
         if DK:
             dp = tl.dot(values, tl.trans(grads), input_precision="ieee")
         if cap is None:
@@ -278,7 +280,7 @@ def _visit_queries(
         else:
             s, bent = bend(s, scale, cap)
             p = tl.exp2(s - exponent[None, :])
-        if CUT:
+        if CUT and CAUSAL:
             key = first - m + tl.arange(0, BN)
             p = tl.where(sees(row[None, :], key[:, None], length, window, True), p, 0.0)
         weight = p.to(grads.dtype)
@@ -287,7 +289,7 @@ def _visit_queries(
         if DV:
             dv = tl.dot(weight, grads, dv, input_precision="ieee")
         if DK:
-            mean = tl.load(delta + at, mask=known, other=0.0)
+            mean = load_tile(delta, at, known, CUT)
             ds = p * (dp - mean[None, :])
             dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee")
     return dk, dv
