@@ -177,7 +177,7 @@ def test_every_configuration(rank, p, capability, monkeypatch):
     monkeypatch.setattr(gate_of, "_INTERPRETED", (capability, 2))
     args, kwargs = case(70, 80, rank, rank, torch.float16, p)
     kind = rank if rank <= (64 if capability == 90 else 32) else "wide"
-    for candidate in range(2 if rank == 16 else 1):
+    for candidate in range(3 if rank == 16 else 1):  # modulo those there are
         with gate_of.forced(**{f"glu_backward_{kind}{'_masked' if p else ''}": candidate}):
             check_backward(args, kwargs)
 
@@ -300,7 +300,7 @@ def test_two_launches_and_partials_are_small():
     backward, reduction = recording.launches
     partials = reduction.args[0]
     assert 8 * partials.numel() < 0.05 * 5 * x.numel() * 2
-    assert backward.grid == (112, partials.shape[0])
+    assert backward.grid == (224, partials.shape[0])
 
 
 BAD = [

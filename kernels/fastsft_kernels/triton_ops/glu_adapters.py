@@ -12,8 +12,11 @@ at 4.3 TB/s. Here it is 5, and the sums, 14336 x 48 x 4 = 2.8 MB for each slice 
 A program takes BF columns and a slice of the rows, BM at a time; dh, gate and up arrive in shared
 memory two stages ahead. The sums are kept as [R, BF]: the big tile is then the right operand, whose
 columns are dealt out to the warps, so that no warp computes an activation that another computes
-too. That is 39 instructions a number (38 on sm_90), where the left operand of a [BF, R] takes 107
-on sm_80; an H200 has time for 68. Ranks beyond the 64 (128 on sm_90 and 100) that registers hold
+too. That is 39 instructions a number, where the left operand of a [BF, R] takes 107 on sm_80; an
+H200 has time for 68. On sm_90 and for R up to 32 the big tile is the left operand all the same
+(LEFT): wgmma, whose 64 rows R does not fill and BF does, takes it from shared memory. That is 36,
+in programs of four warps, two or three on a multiprocessor: while one waits at a barrier, of which
+there are 17 a tile, the others go on. Ranks beyond the 64 (128 on sm_90 and 100) that registers hold
 are summed up by launches of their own, which read the three matrices again: 3 more of them where
 separate passes for the products would also read 3. The last launch writes dgate, dup and h.
 
@@ -41,6 +44,8 @@ Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 _FEWEST_STEPS = 4  # of a slice of the rows: with fewer the stages never fill
 _MOST_SLICES = 32
+# The wide tile as wgmma's left operand: four warps make its 64 rows.
+_LEFT = {"BM": 32, "BF": 64, "num_warps": 4, "num_stages": 3, "PER_SM": 2, "LEFT": True}
 
 
 def glu_backward(
@@ -168,6 +173,9 @@ def _config(gate: Tensor, rank: int, masked: bool) -> tuple[dict[str, int], int,
     chunk = 128 if groups and rank > 64 else 64
     if rank <= 32:
         name, candidates = str(_power(rank)), [large]
+        if capability(gate) == 90:
+            three = rank <= 16 and not masked
+            candidates.insert(0, {**_LEFT, "PER_SM": 3, "maxnreg": 168} if three else _LEFT)
         if rank <= 16:
             candidates.append({"BM": 16, "BF": 128, "num_warps": 8, "num_stages": 3, "PER_SM": 2})
     elif groups:
@@ -254,6 +262,7 @@ def _backward_sums(
     BT: tl.constexpr,
     BM: tl.constexpr,
     BF: tl.constexpr,
+    LEFT: tl.constexpr = False,
 ):
     dh_row, gate_row, up_row, dgate_row, dup_row, h_row = strides[:6]
     d_row, a_row, tail_gate_row, tail_up_row = strides[6:]
@@ -261,9 +270,9 @@ def _backward_sums(
     first = tl.program_id(0) * BF
     rows, column = tl.arange(0, BM)[:, None], first + tl.arange(0, BF)[None, :]
     row = tl.program_id(1) * steps * BM
-    sum_down = tl.zeros([BD, BF], tl.float32)
-    sum_gate = tl.zeros([BT, BF], tl.float32)
-    sum_up = tl.zeros([BT, BF], tl.float32)
+    sum_down = tl.zeros([BF, BD] if LEFT else [BD, BF], tl.float32)
+    sum_gate = tl.zeros([BF, BT] if LEFT else [BT, BF], tl.float32)
+    sum_up = tl.zeros([BF, BT] if LEFT else [BT, BF], tl.float32)
     HELD: tl.constexpr = RD <= BA
     if d is not None and HELD:
         a_tile = _part_of_a(a, a_row, column, F, 0, RD, BA)
@@ -305,7 +314,7 @@ def _backward_sums(
                     left = d_tile
                 else:
                     left = _strip(d, row, d_row, T, FROM, RD, BM, BD)
-                sum_down = tl.dot(tl.trans(left), right.to(dtype), sum_down, input_precision="ieee")
+                sum_down = _add_product(left, right.to(dtype), sum_down, LEFT)
             if HELD:
                 d_tile = d_next
         dg = (dy * u * slope).to(dtype)
@@ -315,11 +324,13 @@ def _backward_sums(
             tl.store(_at(dup, row, dup_row, rows, column), du, mask=inside)
         if tail_gate is not None:
             tail = _strip(tail_gate, row, tail_gate_row, T, FROM, RT, BM, BT)
-            sum_gate = tl.dot(tl.trans(tail), dg, sum_gate, input_precision="ieee")
+            sum_gate = _add_product(tail, dg, sum_gate, LEFT)
         if tail_up is not None:
             tail = _strip(tail_up, row, tail_up_row, T, FROM, RT, BM, BT)
-            sum_up = tl.dot(tl.trans(tail), du, sum_up, input_precision="ieee")
+            sum_up = _add_product(tail, du, sum_up, LEFT)
         row += BM
+    if LEFT:
+        sum_down, sum_gate, sum_up = tl.trans(sum_down), tl.trans(sum_gate), tl.trans(sum_up)
     slab = tl.program_id(1).to(tl.int64) * split_stride
     if da_down is not None:
         rank = FROM + tl.arange(0, BD)[:, None]
@@ -332,6 +343,16 @@ def _backward_sums(
         _put(db_gate + slab + column * RT + rank, sum_gate, inside, ADD)
     if tail_up is not None:
         _put(db_up + slab + column * RT + rank, sum_up, inside, ADD)
+
+
+@triton.jit
+def _add_product(narrow, wide, total, LEFT: tl.constexpr):
+    """total [R, BF] + narrowᵀ · wide for narrow [BM, R], wide [BM, BF]; LEFT: total [BF, R]."""
+    if LEFT:
+        total = tl.dot(tl.trans(wide), narrow, total, input_precision="ieee")
+    else:
+        total = tl.dot(tl.trans(narrow), wide, total, input_precision="ieee")
+    return total
 
 
 @triton.jit
