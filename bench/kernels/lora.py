@@ -70,7 +70,7 @@ def _inputs(
     """x, the base, A, B, dy, the row keys of the dropout, and the dtype of the layer."""
     base: Tensor | NF4Weight
     if nf4:
-        base = _nf4(n, k, device)
+        base = nf4_weight(n, k, device)
     else:
         base = torch.randn(n, k, device=device, dtype=dtype) / k**0.5
     a = torch.randn(rank, k, device=device) / k**0.5
@@ -79,7 +79,7 @@ def _inputs(
     return x, base, a, b, dy, torch.arange(m, device=device), dtype
 
 
-def _nf4(rows: int, columns: int, device: torch.device) -> NF4Weight:
+def nf4_weight(rows: int, columns: int, device: torch.device) -> NF4Weight:
     """Random codes, and scales near 1 / sqrt(columns): quantising would not work on meta."""
     n = rows * columns
     blocks = -(-n // 64)

@@ -1,7 +1,7 @@
 """Whole numbers of grids and tiles, on the host.
 
 Triton's functions of the same names may be called inside kernels too, and find out each time where
-they are: 3.5 us a call, where a layer makes 150 of them a step. These take a tenth of one.
+they are: 3.5 us a call, where a layer makes 150 of them a step. These take a fraction of one.
 """
 
 from __future__ import annotations
