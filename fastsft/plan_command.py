@@ -35,7 +35,7 @@ from fastsft.model.planner import (
 from fastsft.model.planning import budget_of, rates_of
 from fastsft.model.spec import DecoderSpec, NotFast, read_spec
 from fastsft.model.speed import shares
-from fastsft.model.targets import ends_with, pattern_value
+from fastsft.model.targets import ends_with, matches, pattern_value
 
 # GB of a card -> one that has them.
 EXAMPLES = {
@@ -127,11 +127,18 @@ def _transformers_config(config: Config) -> Any:
 def _ranks(config: Config, spec: DecoderSpec) -> dict[str, int]:
     lora, kept = config.lora, config.lora.modules_to_save
     if config.adapter is None:
+        _refuse_head(lora.target_modules)
         return ranks_of(spec, lora.target_modules, lora.r, kept_whole=kept)
     found = read_adapter_config(Path(config.adapter))
+    _refuse_head(found["target_modules"])
     names = ranks_of(spec, found["target_modules"], found["r"])
     patterns = found.get("rank_pattern") or {}
     return {name: pattern_value(patterns, name, r) for name, r in names.items()}
+
+
+def _refuse_head(target: str | list[str]) -> None:
+    if matches("lm_head", target):
+        raise NotFast("lm_head carries an adapter; the fast engine takes those of the layers only")
 
 
 def _whole(config: Config, spec: DecoderSpec) -> frozenset[str]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -176,6 +177,9 @@ class CompatEngine:
         """ids [T], rows [n] -> the model's own logits [n, V]."""
         options = self._options(self._arguments)
         if "logits_to_keep" in self._arguments:
+            head, keys = self.model.get_output_embeddings(), self.context.row_key
+            if isinstance(head, LoraLinear) and keys is not None:  # it sees these rows only
+                head.context = replace(self.context, row_key=keys[rows])
             logits: Tensor = self.model(input_ids=ids[None], logits_to_keep=rows, **options).logits[
                 0
             ]

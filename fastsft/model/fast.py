@@ -258,6 +258,12 @@ class FastEngine:
 
 def _refuse_other_training(model: Any) -> None:
     """All of a base may train, or adapters, embedding and head; no other share has a backward here."""
+    inside = set(model.base_model.layers.modules())
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear) and module not in inside:
+            raise NotFast(
+                f"{name} carries an adapter; the fast engine takes those of the layers only"
+            )
     known = {
         id(parameter)
         for module in (

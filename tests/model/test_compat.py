@@ -258,6 +258,20 @@ def test_dropout_does_not_depend_on_packing(family: str) -> None:
     assert abs(float(other - loss)) > 1e-3  # the step is part of the key, and dropout is on
 
 
+def test_dropout_on_the_head_does_not_depend_on_packing() -> None:
+    context = StepContext()
+    lora = LoraConfig(r=4, alpha=8, dropout=0.3, target_modules=["lm_head"])
+    adapters = add_adapters(tiny("llama"), lora, seed=0, context=context)
+    adapters.layers["lm_head"].lora_B.data.normal_(0, 0.3)
+    engine, docs = CompatEngine(adapters.model, context), documents()
+    loss, grads = step(engine, [batch_of(docs)])
+    single, sums = step(engine, [batch_of([doc]) for doc in docs])
+    assert float(single) == pytest.approx(float(loss), rel=1e-5)
+    assert_close(grads, sums)
+    other, _ = step(engine, [batch_of(docs)], number=6)
+    assert abs(float(other - loss)) > 1e-3
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral", "falcon"])
 def test_recomputing_blocks_changes_no_bit(family: str) -> None:
     kept, context = with_adapters(family, dropout=0.3)

@@ -8,9 +8,10 @@ import torch
 from test_compat import alone, assert_close, step, with_adapters
 from tiny_models import batch_of, documents, tiny
 
-from fastsft.config import LoraConfig
+from fastsft.config import LoraConfig, make_config
 from fastsft.model.compat import CompatEngine
 from fastsft.model.context import StepContext
+from fastsft.model.engine import choose_engine
 from fastsft.model.fast import FastEngine
 from fastsft.model.lora import LoraLinear, add_adapters
 from fastsft.model.offload import Stash
@@ -140,6 +141,50 @@ def test_partial_targets(targets):
 def test_embedding_and_head_may_train(saved, tied):
     lora = {"modules_to_save": saved}
     assert_equal_runs(*both("llama", lora=lora, tie_word_embeddings=tied))
+
+
+PLACES = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")] + ["lm_head"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("place", PLACES)
+def test_an_adapter_trains_wherever_it_stands(place, tied):
+    """The engine that is chosen has compat's loss, and a gradient for every weight that trains."""
+    lora = {"target_modules": [place], "r": 4, "dropout": 0.2}
+    assert_trains(lora, tied, "compat" if place == "lm_head" else "fast")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("place", ["embed_tokens", "lm_head", "norm", "input_layernorm", "mlp"])
+def test_a_weight_trains_wherever_it_stands(place, tied):
+    lora = {"target_modules": ["q_proj"], "modules_to_save": [place]}
+    ends = ("embed_tokens", "lm_head")
+    assert_trains(lora, tied, "fast" if place in ends else "compat")
+
+
+def assert_trains(lora, tied, name):
+    """A model with these settings through choose_engine, beside a compat engine over an equal one."""
+    engines = []
+    for kind in ("auto", "compat"):
+        keys = {"model": "m", "data": "d", "method": "lora", "lora": lora, "engine": kind}
+        config, context = make_config({**keys, "micro_batch_tokens": 64}), StepContext(seed=3)
+        adapters = add_adapters(
+            tiny("llama", tie_word_embeddings=tied), config.lora, seed=1, context=context
+        )
+        generator = torch.Generator().manual_seed(2)
+        for layer in adapters.layers.values():
+            layer.lora_B.data.normal_(0, 0.3, generator=generator)
+        cpu = torch.device("cpu")
+        chosen = choose_engine(config, adapters.model, context, torch.float32, cpu, 32)
+        engines.append(chosen.engine)
+    assert engines[0].name == name
+    batches = [batch_of(documents(), round_to=8)]
+    wanted, want_grads = step(engines[1], batches)
+    found, grads = step(engines[0], batches)
+    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+    assert_close(grads, want_grads, 2e-5)
+    trained = {n for n, p in engines[0].model.named_parameters() if p.requires_grad}
+    assert trained == set(grads) and all(grad.any() for grad in grads.values())
 
 
 # --- invariants -------------------------------------------------------------------------------------

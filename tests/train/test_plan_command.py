@@ -88,3 +88,9 @@ def test_what_cannot_be_read_is_one_message(tmp_path, capsys, words, message):
     where = folder(tmp_path / "m")
     code, _, error = said(capsys, f"model={where}", *words)
     assert code == 2 and message in error and "Traceback" not in error
+
+
+def test_an_adapter_on_the_head_is_compats(tmp_path, capsys):
+    where = folder(tmp_path / "m")
+    _, text, error = said(capsys, f"model={where}", "lora.target_modules=[q_proj, lm_head]")
+    assert "lm_head carries an adapter" in text + error
