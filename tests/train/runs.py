@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from safetensors.torch import load_file
 from small_run import CHATML, write_model
 
 import fastsft
-from fastsft import checkpoint
+from fastsft import checkpoint, trainer
 from fastsft.config import make_config
-from fastsft.metrics import read_metrics
+from fastsft.metrics import MetricsLog, read_metrics
 from fastsft.model.build import Built, build
 from fastsft.preparation import Intake, settle_date, take_in
 from fastsft.trainer import Result
@@ -158,22 +159,73 @@ def same(first: Any, second: Any) -> bool:
 # --- in a process of their own ----------------------------------------------------------------------
 
 
-def run_to_kill(folder: Path, keys: dict[str, Any], at: int | None) -> None:
-    """A run that its parent kills; its output goes nowhere."""
+def run_quietly(folder: Path, keys: dict[str, Any]) -> None:
+    """A run whose output goes nowhere."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         torch.set_num_threads(1)
         run(folder, **keys)
 
 
-def kill_inside_checkpoint(folder: Path, keys: dict[str, Any], at: int) -> None:
-    """A run that is killed half-way through writing the first checkpoint from step `at` on."""
-    write_state = checkpoint._write_state
+def killed_at(folder: Path, keys: dict[str, Any], moment: str, step: int) -> None:
+    """A run that kills its own process, with SIGKILL, at the named moment of `step`.
 
-    def torn(target: Path, state: dict[str, Any]) -> None:
-        if state["step"] >= at:
-            os.truncate(target / "tensors.pt", 100)
-            os.kill(os.getpid(), signal.SIGKILL)
-        write_state(target, state)
+    set-up: everything is loaded, no step taken. update: the weights have moved, nothing is written.
+    metrics: half a line of metrics.jsonl. tensors: half of tensors.pt. state: every file but state.json.
+    synced: whole, not yet renamed. named: renamed, the older ones not pruned. prune: renamed out of view,
+    not deleted. product: after the last step and its checkpoint.
+    """
+    owner, name, when = MOMENTS[moment]
+    before = getattr(owner, name)
 
-    checkpoint._write_state = torn
-    run_to_kill(folder, keys, at)
+    def until_then(*args: Any, **options: Any) -> Any:
+        now = step if moment == "set-up" else when(*args)
+        if now != step:
+            return before(*args, **options)
+        if moment in AFTER:
+            before(*args, **options)
+        TORN.get(moment, lambda *_: None)(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("unreachable")
+
+    setattr(owner, name, until_then)
+    run_quietly(folder, keys)
+    raise AssertionError(f"the run never came to {moment} of step {step}")
+
+
+def _half_a_line(log: MetricsLog, record: dict[str, Any]) -> None:
+    log._file.write(json.dumps(record)[:20])
+    log._file.flush()
+
+
+def _half_the_tensors(target: Path, state: dict[str, Any]) -> None:
+    os.truncate(target / "tensors.pt", 100)
+
+
+def _hidden(path: Path) -> int:
+    """The step of a checkpoint that is being written, from its folder's name."""
+    return int(path.name.rsplit("-", 1)[1])
+
+
+def newest_step(folder: Path) -> int:
+    return checkpoint.step_of(checkpoint.list_checkpoints(folder)[-1])
+
+
+def _pruned(path: Path) -> int:
+    """The newest step when a checkpoint that was pruned is deleted, else -1."""
+    return newest_step(path.parents[1]) if "pruned" in path.name and path.exists() else -1
+
+
+# Moment -> the function it is told by, and the step of a call.
+MOMENTS: dict[str, tuple[Any, str, Callable[..., int]]] = {
+    "set-up": (trainer, "loop", lambda *_: 0),
+    "update": (trainer, "_step", lambda run_, step: step.index),
+    "metrics": (MetricsLog, "write", lambda log, record: record["step"]),
+    "tensors": (checkpoint, "_write_state", lambda folder, state: state["step"]),
+    "state": (checkpoint, "_write_state", lambda folder, state: state["step"]),
+    "synced": (checkpoint, "_sync_tree", _hidden),
+    "named": (trainer, "prune", lambda folder, *_: newest_step(folder)),
+    "prune": (checkpoint, "_remove", _pruned),
+    "product": (trainer, "finish", lambda run_, _: run_.course.step),
+}
+AFTER = ("update", "synced")
+TORN: dict[str, Callable[..., None]] = {"metrics": _half_a_line, "tensors": _half_the_tensors}
