@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from bench import engine, ledger, rows
-from bench.first_steps import STEPS, Bench, Item, items_of
+from bench.first_steps import STEPS, Bench, Figures, Item, items_of
 from bench.ledger import Ledger
 from fastsft.device import grow_segments
 
@@ -158,6 +158,7 @@ def _serve(pipe: Any, out: Path, quick: bool) -> None:
         book.path = None  # the parent writes
     bench = Bench(opened, out, quick, lambda book, row: pipe.send(("row", book, row)))
     items = {(item.step, item.name): item for item in items_of(quick, bench.on_gpu)}
+    late = compiled_late(bench)
     while True:
         question = pipe.recv()
         if question == "open":
@@ -167,6 +168,10 @@ def _serve(pipe: Any, out: Path, quick: bool) -> None:
         step, name, seconds = question
         bench.ends = time.monotonic() + seconds
         problem = performed(items[step, name], bench)
+        if late:
+            said = f"{len(late)}: {', '.join(late)}"[:200]
+            Figures(bench, step, name).add(f"{name}: compiled at a launch", "", said, goal="none")
+            late.clear()
         pipe.send(("answer", (problem, _is_broken(bench))))
 
 
@@ -176,6 +181,16 @@ def performed(item: Item, bench: Bench) -> str:
         return item.do(bench) or ""
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def compiled_late(bench: Bench) -> list[str]:
+    """The names of kernels that this process compiles at a launch, added as it does: the compile step
+    left them out."""
+    if not bench.on_gpu:
+        return []
+    from fastsft_kernels.precompile import Misses
+
+    return Misses().names
 
 
 def _is_broken(bench: Bench) -> bool:

@@ -231,30 +231,18 @@ def registering(bench: Bench) -> None:
 
 
 def compile_kernels(bench: Bench) -> str | None:
-    """Fills Triton's cache from all cores, so that nothing after it compiles."""
-    started = time.monotonic()
-    count, failed = compile_everything(bench)
+    """Fills Triton's cache from all cores, so that nothing after it compiles: defaults of every case here,
+    all configurations of the duels, the engine's checks, steps of the 8B model."""
+    from bench.precompile import compile_everything
+
     figures = Figures(bench, "compile", "all")
-    figures.add("kernels compiled", "", count)
-    figures.add("compiling", "s", time.monotonic() - started, goal=35.0)
-    return "; ".join(failed)[:300] if failed else None
-
-
-def compile_everything(bench: Bench) -> tuple[int, list[str]]:
-    """(kernels, what did not compile): defaults of every case here, all configurations of the duels."""
-    from bench import static  # turns the interpreter off
-
-    capability = bench.books["kernels"].capability
-    todo, broken = [], []
-    for cases, depth, small in (
-        (cases_of(KERNELS), "default", False),
-        (cases_of(KERNELS), "default", True),
-        (cases_of(DUELS), "record", False),
-    ):
-        jobs, lost = static.jobs(cases, [capability], depth, small)  # type: ignore[arg-type]
-        todo, broken = todo + jobs, broken + lost
-    made = [*broken, *static.compile_all(todo, len(os.sched_getaffinity(0)))]
-    return len(todo), [f"{r['kernel']} ({r['op']}): {p}" for r in made for p in r["failures"]]
+    duels = compile_everything(cases_of(DUELS), quick=False, checks=False, models=())
+    duels.misses.close()
+    rest = compile_everything(cases_of(KERNELS))
+    rest.misses.close()
+    figures.add("kernels compiled", "", duels.compiled + rest.compiled)
+    figures.add("compiling", "s", duels.seconds + rest.seconds, goal=35.0)
+    return "; ".join(duels.problems + rest.problems)[:300] or None
 
 
 def engine_check(name: str, bench: Bench) -> str | None:

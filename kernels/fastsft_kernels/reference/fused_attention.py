@@ -69,8 +69,9 @@ def attention_backward(
         dq, dk, dv = out
     for rows in _documents(cu_seqlens):
         if _torch_can(q[rows], options):
-            parts = [x[rows] for x in (do, q, k, v)]
-            found = _backward(*parts, lse[:, rows], delta[:, rows], options)
+            found = _backward(
+                do[rows], q[rows], k[rows], v[rows], lse[:, rows], delta[:, rows], options
+            )
             for grad, new in zip((dq, dk, dv), found, strict=True):
                 grad[rows] = new
             continue
