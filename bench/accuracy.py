@@ -23,12 +23,15 @@ class Verdict(NamedTuple):
     share: float
 
 
-def judge(got: Tensor, exact: Tensor, plain: Tensor, factor: float = 2.0) -> Verdict:
+def judge(
+    got: Tensor, exact: Tensor, plain: Tensor, factor: float = 2.0, terms: float = 0.0
+) -> Verdict:
     """Whether `got` is as near to the float64 `exact` as torch's own `plain` at the same precision.
 
     The root mean square error may be `factor` times torch's, the largest error 2 x factor times;
     to both is added half the spacing of got's dtype at the size of the result (an exact `plain`
-    would otherwise allow no rounding at all). What is not floating point must be equal to `plain`.
+    would otherwise allow no rounding at all), and float32's spacing at the size of the `terms` that
+    cancel out in the result. What is not floating point must be equal to `plain`.
     """
     form = (tuple(got.shape), got.dtype)
     if form != (tuple(plain.shape), plain.dtype) or got.shape != exact.shape:
@@ -44,8 +47,9 @@ def judge(got: Tensor, exact: Tensor, plain: Tensor, factor: float = 2.0) -> Ver
     ours, theirs = got.double() - exact, plain.double() - exact
     half = torch.finfo(got.dtype).eps / 2
     rms, largest = _rms(ours), ours.abs().max().item()
-    allowed_rms = factor * _rms(theirs) + half * _rms(exact)
-    allowed = 2 * factor * theirs.abs().max().item() + half * exact.abs().max().item()
+    cancelled = torch.finfo(torch.float32).eps * terms
+    allowed_rms = factor * _rms(theirs) + half * _rms(exact) + cancelled
+    allowed = 2 * (factor * theirs.abs().max().item() + cancelled) + half * exact.abs().max().item()
     if math.isnan(allowed + allowed_rms):
         return Verdict("the oracle gives NaN", math.inf)
     share = rms / allowed_rms if allowed_rms else (math.inf if rms else 0.0)

@@ -25,13 +25,13 @@ def randn(*shape, dtype=torch.float32, seed=0, scale=1.0):
     return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
 
 
-def check(got, exact, plain, *, factor=2.0, name="result"):
+def check(got, exact, plain, *, factor=2.0, terms=0.0, name="result"):
     """`got` is as near to the float64 `exact` as torch's own `plain`, by the rule of bench.accuracy."""
-    problem = accuracy.judge(got, exact, plain, factor).problem
+    problem = accuracy.judge(got, exact, plain, factor, terms).problem
     assert not problem, f"{name}: {problem}"
 
 
-def check_gradients(op, oracle, inputs, *, factor=2.0, names=None):
+def check_gradients(op, oracle, inputs, *, factor=2.0, terms=0.0, names=None):
     """`op`'s outputs and gradients against `oracle` in float64 and at the inputs' precision.
 
     Both take the tensors of `inputs` and return a tensor or a tuple; the upstream gradients are
@@ -55,6 +55,6 @@ def check_gradients(op, oracle, inputs, *, factor=2.0, names=None):
     exact_outputs, exact_grads, _ = run(oracle, wide, upstream)
     plain_outputs, plain_grads, _ = run(oracle, inputs, upstream)
     for i, triple in enumerate(zip(outputs, exact_outputs, plain_outputs, strict=True)):
-        check(*triple, factor=factor, name=f"output {i}")
+        check(*triple, factor=factor, terms=terms, name=f"output {i}")
     for i, triple in enumerate(zip(grads, exact_grads, plain_grads, strict=True)):
-        check(*triple, factor=factor, name=f"gradient of {names[i] if names else i}")
+        check(*triple, factor=factor, terms=terms, name=f"gradient of {names[i] if names else i}")

@@ -47,8 +47,9 @@ def modules():
 
 @pytest.mark.parametrize("without", ["", "triton"])
 def test_every_module_imports_with_torch_and_triton_alone(without):
-    """Without Triton, everything but its own kernels imports."""
-    names = [m for m in modules() if not (without and ".triton_ops." in m)]
+    """Without Triton, everything but its own kernels and what compiles them imports."""
+    needs = (".triton_ops.", ".precompile")
+    names = [m for m in modules() if not (without and any(part in m for part in needs))]
     assert "fastsft_kernels.lora" in names
     done = subprocess.run(
         [sys.executable, "-c", BLOCKER, f"{OTHERS} {without}", *names],

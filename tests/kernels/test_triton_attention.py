@@ -320,7 +320,8 @@ def test_upstream_gradients_of_any_strides():
 @pytest.mark.parametrize("listed", [False, True])
 def test_small_and_empty_documents(lengths, listed):
     ours, plain = both(lengths, listed=listed)
-    check_gradients(ours, plain, qkv(lengths, 1, 1, dtype=torch.float16), names="qkv")
+    inputs = qkv(lengths, 1, 1, dtype=torch.float16)
+    check_gradients(ours, plain, inputs, terms=4.0, names="qkv")  # a token alone: dp - delta is 0
     assert both([], listed)[0](*qkv([], 1, 1)).shape == (0, 1, 16)
 
 

@@ -54,8 +54,9 @@ def check_rows(logits, labels, *, by=1.0, out=None, **options):
     gradient = held if out is None else out
     if out is not None:
         assert torch.equal(held, logits)
+    factor = 3.0 if logits.numel() < 64 else 2.0  # torch's own error of few numbers is luck
     for i, result in enumerate((got.loss, got.entropy, gradient)):
-        check(result, exact[i], plain[i], name=("loss", "entropy", "gradient")[i])
+        check(result, exact[i], plain[i], factor=factor, name=("loss", "entropy", "gradient")[i])
     correct = (logits.argmax(1) == labels) & (labels != IGNORED)
     assert torch.equal(got.correct, correct)
     return got

@@ -99,9 +99,10 @@ def attention_delta(o: Tensor, do: Tensor, *, adapters: Adapters | None = None) 
 
 
 def _torch_can(q: Tensor, options: AttentionOptions) -> bool:
-    """Whether torch's attention on a CPU computes the same of one document's q [n, Hq, D]."""
+    """Whether torch's attention on a CPU computes the same of one document's q [n, Hq, D], n > 1."""
     plain = options.softcap is None and (options.window is None or options.window >= q.shape[0])
-    return plain and q.device.type == "cpu" and q.dtype == torch.float32
+    several = q.shape[0] > 1  # a token alone sees itself: the formulas are cheaper than a call
+    return plain and several and q.device.type == "cpu" and q.dtype == torch.float32
 
 
 def _batch(*rows: Tensor) -> list[Tensor]:
