@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import triton
 from fastsft_kernels.launch import Launch
-from triton.backends.compiler import GPUTarget
+from fastsft_kernels.precompile import TargetDriver
 from triton.runtime import driver
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -50,25 +50,9 @@ def card(capability: int) -> Card:
 TENSOR_MEMORY = 512  # columns, on sm_100
 
 
-class StubDriver:
-    """Takes the place of CUDA's driver: names a target, runs nothing."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # Triton keeps compiled kernels by device: one per target
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
 def compile_launch(launch: Launch, capability: int) -> Any:
     """The kernel of `launch` compiled for a card that need not be there."""
-    driver.set_active(StubDriver(capability))
+    driver.set_active(TargetDriver(capability))
     return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
 
 

@@ -37,12 +37,12 @@ import triton
 from fastsft_kernels.fused import attention_blocks
 from fastsft_kernels.integers import cdiv
 from fastsft_kernels.launch import Launch, record_launches, start
+from fastsft_kernels.precompile import TargetDriver
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
 from bench import rows
-from bench.compiled import StubDriver
 from bench.kernels.lora import nf4_weight
 from bench.train.models import CONFIGS
 from fastsft.config import LoraConfig
@@ -58,7 +58,7 @@ META = torch.device("meta")
 GOAL = 800  # microseconds a layer
 
 
-class IdleDriver(StubDriver):
+class IdleDriver(TargetDriver):
     """A stub that also loads and launches: nothing, that is."""
 
     def __init__(self, capability: int) -> None:
